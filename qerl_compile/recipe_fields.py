@@ -1,0 +1,192 @@
+"""The parts of a recipe: rules that select modules, the noise, the training settings.
+
+A recipe says *which* modules are treated *how*. Selection is by full-path regular expression over module paths
+(`re.fullmatch`, so `q_proj` alone matches nothing but a module called exactly that), and within a list the first
+match wins. Families of models are never named here: a rule knows only paths, and everything else about a site (which
+linears share an input, which norm feeds them) is a fact of the captured graph.
+
+Every class is frozen and forbids unknown keys: a typo must be an error, because a silently ignored `sigma_strat` is a
+run without noise that looks like a run with it. Numbers are strict: `"32"` and `true` are not integers. Defaults are
+those of the paper (QeRL, arXiv 2510.11696, Table 4) where it states one and of the authors' scripts otherwise; where
+ours differ, the field says so and why.
+
+What this module does not do: read files (recipe.py, recipe_yaml.py), phrase errors (recipe_errors.py), or know whether
+a rule matches anything in a model (plan.py).
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from qerl_compile.recipe_errors import recipe_error
+from qerl_compile.recipe_pattern import checked_pattern
+
+Pattern = Annotated[str, AfterValidator(checked_pattern)]
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=10_000_000)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+OpenFraction = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """Base of every part of a recipe: frozen, no unknown keys, field docstrings become schema descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _phrase(cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """Raise a RecipeError where pydantic would raise its own error, as in `QuantizeRule(match="(")`.
+
+        `Recipe.from_dict` passes a context; it then does the phrasing itself, for it knows the whole path of the key.
+        """
+        try:
+            return handler(data)
+        except ValidationError as fault:
+            if info.context is not None:
+                raise
+            raise recipe_error(fault, cls, cls.__name__) from None
+
+
+class QuantizeRule(Part):
+    """How the weights of the matching linear modules are stored."""
+
+    match: Pattern
+    """Full-path regular expression over module paths, e.g. `model\\.layers\\.\\d+\\.mlp\\.\\w+_proj`."""
+
+    format: Literal["nvfp4", "none"] = "nvfp4"
+    """Number format of the packed weight. `none` leaves the module dense (and stops the search: first match wins)."""
+
+
+class LoraRule(Part):
+    """Which linear modules get a trainable low-rank branch `y += (alpha / rank) * B A x`."""
+
+    match: Pattern
+    """Full-path regular expression over module paths."""
+
+    rank: Annotated[int, Field(strict=True, ge=0, le=4096)] = 32
+    """Rows of A and columns of B. 0 leaves the module without a branch (and stops the search: first match wins)."""
+
+    alpha: Positive = 32.0
+    """Numerator of the branch's factor `alpha / rank`. Unitless."""
+
+
+class NoiseConfig(Part):
+    """Adaptive quantization noise: Gaussian noise added to norm weights during rollouts, in stages that decay.
+
+    Stage of step s (1-based) of M steps with K stages: `k = min(K - 1, (s - 1) * K // M)`. Stage 0 has sigma 0 (only
+    quantization noise); stages 1 .. K-1 go from `sigma_start` to `sigma_end` on the schedule (paper, Eq. 8).
+    """
+
+    match: Pattern = ".*"
+    """Selects, by full path, among the eligible norms: those that feed q/k/v or gate/up. Others are never noisy."""
+
+    sigma_start: NonNegative = 1e-2
+    """Standard deviation at stage 1, in units of the norm weight."""
+
+    sigma_end: NonNegative = Field(default=5e-4, validate_default=True)
+    """Standard deviation at the last stage, in units of the norm weight."""
+
+    stages: Annotated[int, Field(strict=True, ge=2, le=10_000)] = 10
+    """Number K of stages, the silent stage 0 included."""
+
+    schedule: Literal["exponential"] = "exponential"
+    """How sigma goes from start to end; exponential is geometric (the paper's best, Fig. 9)."""
+
+    in_update: Flag = False
+    """Whether the noise also acts in log-prob and gradient forwards; in the paper (Algorithm 1) it does not."""
+
+    @field_validator("sigma_end")
+    @classmethod
+    def _decays(cls, sigma_end: float, info: ValidationInfo) -> float:
+        sigma_start = info.data.get("sigma_start", sigma_end)
+        if sigma_end > sigma_start:
+            raise ValueError(f"sigma_end <= sigma_start, which is {sigma_start}; {sigma_end}")
+        if sigma_start > 0 and sigma_end == 0:
+            raise ValueError("sigma_end > 0, because an exponential schedule never reaches zero; 0")
+        return sigma_end
+
+
+class TrainConfig(Part):
+    """Settings of the reinforcement-learning loop: GRPO with the token-mean loss and clip-higher of DAPO."""
+
+    steps: Count = 600
+    """Optimizer steps. The paper's GSM8K runs take about 600."""
+
+    learning_rate: Positive = 1e-5
+    """Peak learning rate of AdamW. Paper: 1e-5 on a quantized base, 5e-6 on a bf16 base. Small models want more."""
+
+    learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
+    """Course after the warm-up: `cosine` falls to zero at the last step (the authors' scripts); `constant` stays."""
+
+    warmup_ratio: Fraction = 0.1
+    """Fraction of `steps` over which the learning rate rises linearly from zero."""
+
+    betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.99)
+    """Decay rates of AdamW's first and second moment."""
+
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of AdamW, on the LoRA matrices only; nothing else is trained."""
+
+    max_grad_norm: Positive = 0.2
+    """The global L2 norm of the gradient is clipped to this."""
+
+    prompts_per_step: Count = 16
+    """Different prompts per step. 16 prompts x 8 samples = the paper's training batch of 128 sequences."""
+
+    group_size: Annotated[int, Field(strict=True, ge=2, le=4096)] = 8
+    """Samples per prompt; advantages are normalised within this group. Paper: 8 (GSM8K), 16 (BigMath)."""
+
+    max_new_tokens: Count = 512
+    """Longest completion in tokens. Paper: 4096 (GSM8K), 8192 (BigMath); ours is what one small machine can afford."""
+
+    temperature: Positive = 1.0
+    """Sampling temperature of rollouts. Recorded log-probs are of the distribution at this temperature."""
+
+    clip_low: OpenFraction = 0.2
+    """The policy ratio is clipped below at `1 - clip_low`."""
+
+    clip_high: NonNegative = 0.28
+    """The policy ratio is clipped above at `1 + clip_high` (DAPO's clip-higher keeps rare tokens alive)."""
+
+    seed: Seed = 0
+    """Seed of LoRA initialisation, training items, sampling and noise."""
+
+    eval_every: CountOrZero = 50
+    """Steps between greedy evaluations with noise off; 0 evaluates only before and after training."""
+
+    eval_size: Count = 128
+    """Number of held-out items in each evaluation."""
+
+    eval_seed: Seed = Field(default=999_983, validate_default=True)
+    """Seed of the held-out items; must differ from `seed`, else the model is examined on what it trained on."""
+
+    rollout_batch: Count = 64
+    """Most sequences generated together in one batch."""
+
+    micro_batch_tokens: Count = 4096
+    """Most tokens (prompt + completion, padding included) in one forward-backward; a longer sequence goes alone.
+
+    The logits dominate: 4096 tokens x 152k vocabulary x 4 bytes = 2.5 GB.
+    """
+
+    @field_validator("eval_seed")
+    @classmethod
+    def _held_out(cls, eval_seed: int, info: ValidationInfo) -> int:
+        if info.data.get("seed") == eval_seed:
+            raise ValueError(f"an eval_seed that differs from seed, so that eval items are held out; {eval_seed} twice")
+        return eval_seed
