@@ -1,19 +1,18 @@
 """What the operators demand of their arguments, said before any work starts.
 
-Each check is one chain of comparisons that costs under two microseconds when all is well; the sentence is only
-built when something is wrong. The same functions run under FakeTensorMode: they look at dtype, shape and device, never at data,
-and they never compare a batch size, so a symbolic batch gets no guard from them. Dynamo turns an exception raised while tracing into one
-of its own; the located sentence then stands inside it.
+Each check is one chain of comparisons that costs under two microseconds when all is well; the sentence is only built
+when something is wrong. The same functions run under FakeTensorMode: they look at dtype, shape and device, never at
+data, and they never compare a batch size, so a symbolic batch gets no guard from them. Dynamo turns an exception
+raised while tracing into one of its own; the located sentence then stands inside it.
 """
 
 import torch
 from torch import Tensor
 
 from qerl_compile.errors import FormatError
+from qerl_compile.formats.nvfp4 import BLOCK, WEIGHT_DTYPES
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-WEIGHT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-BLOCK = 16  # columns that share one E4M3 scale (OCP/NVFP4: 16)
 
 
 def check_packed(where: str, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor) -> None:
@@ -97,6 +96,25 @@ def check_activation(where: str, name: str, x: Tensor, weight: Tensor, features:
             expected=f"{name} on {weight.device}, where the weight is",
             got=f"{name} on {x.device}",
             do=f"Move {name}; packed weights stay where they were loaded.",
+        )
+
+
+def check_dtype(where: str, dtype: torch.dtype) -> None:
+    """Refuse an output dtype that cannot hold the products exactly.
+
+    Args:
+        where: operator name for the message.
+        dtype: must be float16, bfloat16, float32 or float64.
+
+    Raises:
+        FormatError: with the dtype found.
+    """
+    if dtype not in ACTIVATION_DTYPES:
+        raise FormatError(
+            where=where,
+            expected="dtype float16, bfloat16, float32 or float64",
+            got=str(dtype).removeprefix("torch."),
+            do="Dequantize to one of these and cast the result.",
         )
 
 

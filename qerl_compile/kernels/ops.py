@@ -1,39 +1,46 @@
 """The `qerl::` dialect: the five operators that a rewritten graph is made of.
 
-    quantized_linear(x, codes, block, decode)      y  = (x · Pᵀ) · decode      P[n, k] = e2m1(code[n, k]) · e4m3(block[n, k // 16])
+    quantized_linear(x, codes, block, decode)      y  = (x · Pᵀ) · decode
     quantized_linear_dx(dy, codes, block, decode)  dx = (dy · P) · decode
     quantize(w)                                    compressed-tensors' NVFP4 arithmetic (formats/nvfp4.py)
     dequantize(codes, block, decode, dtype)        w  = P · decode
     fake_quantized_linear(x, w)                    y  = x · dequantize(quantize(w))ᵀ, straight-through gradient to w
 
-Why custom operators and not plain functions: Dynamo, AOTAutograd and Inductor then see one opaque node with a known shape, so a
-graph pass can place it, a golden file can show it, and the kernel under it is chosen by device when it runs. All are functional
-(`mutates_args=()`): a mutating operator would bring auto_functionalized nodes into every graph.
+where P[n, k] = e2m1(code[n, k]) · e4m3(block[n, k // 16]).
 
-Why `decode` is multiplied after the sum: P has at most 6 significant bits, so it is exact in bf16, fp16, fp32 and fp64. The
-one rounding that a dequantized bf16 weight suffers disappears, and every kernel at every M works on the same weight values.
+Why custom operators and not plain functions: Dynamo, AOTAutograd and Inductor then see one opaque node with a known
+shape, so a graph pass can place it, a golden file can show it, and the kernel under it is chosen by device when it
+runs. All are functional (`mutates_args=()`): a mutating operator would bring auto_functionalized nodes into every
+graph.
+
+Why `decode` is multiplied after the sum: P has at most 6 significant bits, so it is exact in bf16, fp16, fp32 and
+fp64. The one rounding that a dequantized bf16 weight suffers disappears, and every kernel at every M works on the
+same weight values.
 
 Gradients.
-- quantized_linear and quantized_linear_dx are each other's derivative in the activation; the packed tensors get none. Only
-  the packed tensors are saved for backward: no copy, no dequantized weight.
+- quantized_linear and quantized_linear_dx are each other's derivative in the activation; the packed tensors get none.
+  Only the packed tensors are saved for backward: no copy, no dequantized weight.
 - quantize and dequantize are constants to autograd (their outputs never require grad).
-- fake_quantized_linear is for the bare `torch.compile(backend="qerl")` where the user keeps an ordinary weight: dx comes from
-  the quantized weight (the one the forward used), dw = dyᵀ · x as if the rounding were the identity (straight-through). It saves
-  x and w, as F.linear does, and quantizes w again in backward instead of keeping the packed form.
+- fake_quantized_linear is for the bare `torch.compile(backend="qerl")` where the user keeps an ordinary weight: dx
+  comes from the quantized weight (the one the forward used), dw = dyᵀ · x as if the rounding were the identity
+  (straight-through). It saves x and w, as F.linear does, and quantizes w again in backward instead of keeping the
+  packed form.
 
-Kernels. The body of each operator here is kernels/reference.py and serves every device that has nothing better. kernels/cpu.py
-and kernels/cuda.py put theirs in place with `op.register_kernel("cpu")` / `("cuda")`; the arguments have then been checked already
-only if the kernel calls the same `check_*` functions: they are the first line of each body.
+Kernels. The body of each operator here is kernels/reference.py and serves every device that has nothing better. A
+device's module puts its own in place with `op.register_kernel("cpu")` or `("cuda")`; such a kernel replaces the whole
+body, so its first lines are the same `check_*` calls.
 
 Shape legend: N output features, K input features, K2 = K/2 bytes, G = K/16 blocks.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qerl_compile.formats import nvfp4
 from qerl_compile.kernels import reference
-from qerl_compile.kernels.checks import check_activation, check_packed, check_weight
+from qerl_compile.kernels.checks import check_activation, check_dtype, check_packed, check_weight
 
 
 @torch.library.custom_op("qerl::quantized_linear", mutates_args=())
@@ -86,8 +93,8 @@ def quantize(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w_NK: [N, K], float16, bfloat16 or float32, K a multiple of 16, finite.
 
     Returns:
-        codes uint8 [N, K/2], block decode scales float8_e4m3fn [N, K/16], global scale float32 [1]. The global scale is the
-        *divisor* of compressed-tensors; decode_scale = 1 / global_scale.
+        codes uint8 [N, K/2], block decode scales float8_e4m3fn [N, K/16], global scale float32 [1]. The global scale is
+        the *divisor* of compressed-tensors; decode_scale = 1 / global_scale.
 
     Raises:
         FormatError: not a matrix, K not a multiple of 16, or NaN/Inf in the weight.
@@ -98,9 +105,7 @@ def quantize(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("qerl::dequantize", mutates_args=())
-def dequantize(
-    codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, dtype: torch.dtype
-) -> Tensor:
+def dequantize(codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight matrix P · decode_scale, rounded once to `dtype`.
 
     Args:
@@ -116,6 +121,7 @@ def dequantize(
         FormatError: a dtype or shape does not fit the others.
     """
     check_packed("qerl::dequantize", codes_NK2, block_decode_scale_NG, decode_scale)
+    check_dtype("qerl::dequantize", dtype)
     return reference.dequantize(codes_NK2, block_decode_scale_NG, decode_scale, dtype)
 
 
@@ -165,6 +171,7 @@ def _(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @dequantize.register_fake
 def _(codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
     check_packed("qerl::dequantize", codes_NK2, block_decode_scale_NG, decode_scale)
+    check_dtype("qerl::dequantize", dtype)
     return codes_NK2.new_empty(codes_NK2.shape[0], codes_NK2.shape[1] * 2, dtype=dtype)
 
 
@@ -175,45 +182,39 @@ def _(x: Tensor, w_NK: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], w_NK.shape[0])
 
 
-def _save_packed(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save_packed(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _linear_backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None, None]:
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     return quantized_linear_dx(dy, *ctx.saved_tensors), None, None, None
 
 
-def _linear_dx_backward(ctx: torch.autograd.function.FunctionCtx, ddx: Tensor) -> tuple[Tensor, None, None, None]:
+def _linear_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, None, None, None]:
     return quantized_linear(ddx, *ctx.saved_tensors), None, None, None
 
 
-def _quantize_is_constant(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: tuple[Tensor, ...]
-) -> None:
+def _quantize_is_constant(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output)
 
 
-def _dequantize_is_constant(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
+def _dequantize_is_constant(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
 
-def _save_x_and_w(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _save_x_and_w(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     x, w_NK = inputs
-    ctx.save_for_backward(x if w_NK.requires_grad else None, w_NK)
+    ctx.save_for_backward(*((x, w_NK) if w_NK.requires_grad else (w_NK,)))
 
 
-def _fake_quantized_backward(
-    ctx: torch.autograd.function.FunctionCtx, dy: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    x, w_NK = ctx.saved_tensors
+def _fake_quantized_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    *x, w_NK = ctx.saved_tensors
     dx = dw_NK = None
     if ctx.needs_input_grad[0]:
         codes_NK2, block_decode_scale_NG, global_scale = quantize(w_NK.detach())
         dx = quantized_linear_dx(dy, codes_NK2, block_decode_scale_NG, global_scale.reciprocal())
     if ctx.needs_input_grad[1]:
-        dw_NK = (dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(w_NK.dtype)
+        dw_NK = (dy.reshape(-1, dy.shape[-1]).T @ x[0].reshape(-1, x[0].shape[-1])).to(w_NK.dtype)
     return dx, dw_NK
 
 
