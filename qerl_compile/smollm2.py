@@ -119,7 +119,14 @@ def convert(gguf: Path, out: Path) -> None:
     """Write the GGUF's model and tokenizer as a plain bf16 directory into the existing folder `out`."""
     import torch
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, LlamaForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        GgufConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     where = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), padding_side="left", **where)
@@ -133,11 +140,14 @@ def convert(gguf: Path, out: Path) -> None:
         str(gguf.parent), dtype=torch.bfloat16, quantization_config=packed, **where
     )
     config = source.config
+    if not isinstance(config, LlamaConfig):
+        do = "Install the transformers release that qerl-compile asks for."
+        raise CheckpointError(where=str(gguf), expected="a Llama model", got=type(config).__name__, do=do)
     for leftover in ("quantization_config", "_model_name_or_path"):
         config.__dict__.pop(leftover, None)
     tokenizer.model_max_length = config.max_position_embeddings
-    plain = LlamaForCausalLM(config).to(torch.bfloat16)
-    plain.load_state_dict(source.state_dict())
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(source.state_dict(), assign=True)  # assign: keeps bf16, where a copy would cast to fp32
     plain.tie_weights()
     special = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     plain.generation_config = GenerationConfig(**special)
