@@ -17,21 +17,19 @@ rounding to it and A the largest magnitude of the matrix (or of all matrices tha
 Matrices that a serving engine fuses (q/k/v, gate/up) must share one A: vLLM and SGLang keep only one scale of the
 fused matrix, so unequal ones give wrong weights there while every other reader is content. `quantize_group` does that.
 
-`global_scale` is stored verbatim with its direction, because 1/(1/x) differs from x for one fp32 value in six; the
-number to multiply with is `decode_scale`. A code times a block scale has at most 6 significant bits, so `exact_products`
-is exact in bf16 and every kernel starts from the same weights; they apply `decode_scale` after accumulation.
+A code times a block scale has at most 6 significant bits, so `exact_products` is exact in bf16: every kernel starts
+from the same weights and applies `decode_scale` after accumulation.
 
-Work is done in chunks of rows, which bounds temporaries to a few MB on CPU (and keeps them in cache) and to a few hundred on GPU. What
-this module does not do: other observers (MSE, imatrix), activation scales, swizzled layouts; those are derived
-elsewhere. fp16 is as compressed-tensors has it: A below 0.041 overflows 2688/A in fp16, the scale falls back to 1 and
-small blocks lose precision. Give such weights as bf16 or fp32.
+Work is done in chunks of rows, which bounds temporaries to a few MB on CPU, where they stay in cache, and to a few
+hundred on a GPU. What this module does not do: other observers (MSE, imatrix), activation scales, swizzled layouts.
+fp16 is as compressed-tensors has it: A below 0.041 overflows 2688/A in fp16, the global scale falls back to 1, and
+block scales lose precision. Give such weights as bf16 or fp32.
 
 Shape suffixes: N rows (output features), K columns (input features), G = K/16 blocks, K2 = K/2 bytes.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -39,73 +37,16 @@ from torch import Tensor
 from qerl_compile.errors import FormatError
 from qerl_compile.formats import e2m1
 from qerl_compile.formats.e2m1 import pack, unpack
+from qerl_compile.formats.packed_nvfp4 import BLOCK, PackedNVFP4
 
 __all__ = ["BLOCK", "PackedNVFP4", "dequantize", "exact_products", "pack", "quantize", "quantize_group", "unpack"]
 
-BLOCK = 16
 E4M3_MAX = 448.0
 AMAX_SCALED = E4M3_MAX * e2m1.MAX_VALUE  # 2688: where the largest weight lies in units of the decode scale
 ZERO_BLOCK_DECODE_SCALE = 0.125  # compressed-tensors' eps for E4M3: byte 0x20
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 1 MB of fp32 stays in a CPU's second-level cache; a GPU wants few launches instead.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
-
-
-@dataclass(frozen=True, eq=False)
-class PackedNVFP4:
-    """A weight [N, K] in NVFP4, in the layout of serving checkpoints.
-
-    The following conditions hold:
-      * codes_NK2 is uint8 [N, K/2], the even column in the low nibble; N >= 1, K a positive multiple of 16.
-      * block_decode_scale_NG is float8_e4m3fn [N, K/16], no NaN, no sign bit set.
-      * global_scale is float32 [1], finite and positive, exactly as its source gave it.
-      * direction is "divisor" (compressed-tensors, 2688/amax) or "multiplier" (ModelOpt, amax/2688).
-      * all three tensors are on one device.
-    Values are not looked at on the meta device.
-
-    Raises:
-        FormatError: one of these does not hold.
-    """
-
-    codes_NK2: Tensor
-    block_decode_scale_NG: Tensor
-    global_scale: Tensor
-    direction: Literal["divisor", "multiplier"]
-
-    def __post_init__(self) -> None:
-        codes, block, scale = self.codes_NK2, self.block_decode_scale_NG, self.global_scale
-        well_formed = codes.dtype == torch.uint8 and codes.ndim == 2 and codes.numel() > 0
-        if not well_formed or codes.shape[1] * 2 % BLOCK:
-            _refuse("codes_NK2", "uint8 [N, K/2], N >= 1, K a positive multiple of 16", _describe(codes))
-        blocks = (codes.shape[0], codes.shape[1] * 2 // BLOCK)
-        if block.dtype != torch.float8_e4m3fn or tuple(block.shape) != blocks:
-            _refuse("block_decode_scale_NG", f"float8_e4m3fn [N, K/16] = {list(blocks)}", _describe(block))
-        if scale.dtype != torch.float32 or tuple(scale.shape) != (1,):
-            _refuse("global_scale", "float32 [1]", _describe(scale))
-        if self.direction not in ("divisor", "multiplier"):
-            _refuse("direction", '"divisor" or "multiplier"', repr(self.direction))
-        devices = {str(tensor.device) for tensor in (codes, block, scale)}
-        if len(devices) > 1:
-            _refuse("PackedNVFP4", "all three tensors on one device", ", ".join(sorted(devices)))
-        if codes.device.type == "meta":
-            return
-        worst = block.view(torch.uint8).max().item()
-        if worst > 0x7E:  # 0x7F is NaN, 0x80 and above carry a sign
-            _refuse("block_decode_scale_NG", "no NaN, no sign bit set", f"byte 0x{worst:02X}")
-        value = scale.item()
-        if not 0.0 < value < float("inf"):
-            _refuse("global_scale", "a finite and positive number", repr(value))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K) of the weight this stands for."""
-        return self.codes_NK2.shape[0], self.codes_NK2.shape[1] * 2
-
-    @property
-    def decode_scale(self) -> Tensor:
-        """The matrix scale as a multiplier: fp32, 0-dim."""
-        scale = self.global_scale.squeeze(0)
-        return scale.reciprocal() if self.direction == "divisor" else scale
 
 
 def quantize(w_NK: Tensor, *, amax: Tensor | None = None, name: str = "weight") -> PackedNVFP4:
@@ -161,7 +102,7 @@ def dequantize(packed: PackedNVFP4, dtype: torch.dtype) -> Tensor:
     """
     w_NK = torch.empty(packed.shape, dtype=dtype, device=packed.codes_NK2.device)
     decode_scale = packed.decode_scale
-    for rows in _row_chunks(*packed.shape, w_NK.device):
+    for rows in _row_chunks(packed.shape, w_NK.device):
         products = _products(packed.codes_NK2[rows], packed.block_decode_scale_NG[rows], torch.float32)
         w_NK[rows] = products.mul_(decode_scale)
     return w_NK
@@ -181,9 +122,8 @@ def exact_products(codes_NK2: Tensor, block_decode_scale_NG: Tensor, dtype: torc
     Returns:
         `dtype` [N, K].
     """
-    n_rows, n_cols = codes_NK2.shape[0], codes_NK2.shape[1] * 2
-    w_NK = torch.empty(n_rows, n_cols, dtype=dtype, device=codes_NK2.device)
-    for rows in _row_chunks(n_rows, n_cols, w_NK.device):
+    w_NK = torch.empty(codes_NK2.shape[0], codes_NK2.shape[1] * 2, dtype=dtype, device=codes_NK2.device)
+    for rows in _row_chunks(w_NK.shape, w_NK.device):
         w_NK[rows] = _products(codes_NK2[rows], block_decode_scale_NG[rows], dtype)
     return w_NK
 
@@ -197,7 +137,7 @@ def _quantize(w_NK: Tensor, block_amax_NG: Tensor, amax: Tensor, name: str) -> P
     global_scale = _global_scale(w_NK, block_amax_NG, amax, name)
     block_decode_scale_NG = _block_decode_scale(block_amax_NG, global_scale)
     codes_NK2 = torch.empty(w_NK.shape[0], w_NK.shape[1] // 2, dtype=torch.uint8, device=w_NK.device)
-    for rows in _row_chunks(*w_NK.shape, w_NK.device):
+    for rows in _row_chunks(w_NK.shape, w_NK.device):
         step_NK = _per_column(block_decode_scale_NG[rows].float() / global_scale)
         codes_NK2[rows] = pack(e2m1.encode(w_NK[rows].detach() / step_NK))
     return PackedNVFP4(codes_NK2, block_decode_scale_NG, global_scale, "divisor")
@@ -206,7 +146,7 @@ def _quantize(w_NK: Tensor, block_amax_NG: Tensor, amax: Tensor, name: str) -> P
 def _global_scale(w_NK: Tensor, block_amax_NG: Tensor, amax: Tensor, name: str) -> Tensor:
     """2688 / amax in the weight's own dtype, as fp32 [1]."""
     own = block_amax_NG.amax()
-    amax = amax.detach().to(w_NK).reshape(())
+    amax = amax.detach().to(w_NK.device, w_NK.dtype).reshape(())
     if not bool(amax >= own):  # also catches NaN
         raise FormatError(
             where=name,
@@ -238,7 +178,7 @@ def _block_amax(w_NK: Tensor, name: str) -> Tensor:
     # maxima are 3x faster than bf16 ones on CPU.
     word = torch.int16 if w_NK.dtype.itemsize == 2 else torch.int32
     magnitude_bits = torch.iinfo(word).max
-    for rows in _row_chunks(n_rows, n_cols, w_NK.device):
+    for rows in _row_chunks(w_NK.shape, w_NK.device):
         bits = w_NK[rows].detach().view(word) & magnitude_bits
         block_amax_NG[rows] = bits.reshape(-1, n_cols // BLOCK, BLOCK).amax(-1).view(w_NK.dtype)
     if not bool(block_amax_NG.amax().isfinite()):
@@ -254,18 +194,15 @@ def _block_amax(w_NK: Tensor, name: str) -> Tensor:
 
 
 def _check_weight(w_NK: Tensor, name: str) -> None:
+    def refuse(expected: str, got: str, do: str) -> NoReturn:
+        raise FormatError(where=name, expected=expected, got=got, do=do)
+
     if w_NK.dtype not in WEIGHT_DTYPES:
-        expected, do = "a bfloat16, float16 or float32 weight", "Cast it, or leave this layer out of the recipe."
-        raise FormatError(where=name, expected=expected, got=str(w_NK.dtype), do=do)
+        refuse("a bfloat16, float16 or float32 weight", str(w_NK.dtype), "Cast it, or leave this layer unquantized.")
     if w_NK.ndim != 2 or w_NK.numel() == 0:
-        expected, do = "a non-empty matrix [N, K]", "Only weights of linear layers can be NVFP4."
-        raise FormatError(where=name, expected=expected, got=f"shape {list(w_NK.shape)}", do=do)
+        refuse("a non-empty matrix [N, K]", f"shape {list(w_NK.shape)}", "Only weights of linear layers can be NVFP4.")
     if w_NK.shape[1] % BLOCK:
-        expected, do = (
-            f"K (input features) a multiple of {BLOCK}",
-            "Leave this layer out of the recipe's quantize rules.",
-        )
-        raise FormatError(where=name, expected=expected, got=f"K = {w_NK.shape[1]}", do=do)
+        refuse(f"K (input features) a multiple of {BLOCK}", f"K = {w_NK.shape[1]}", "Leave this layer unquantized.")
 
 
 def _per_column(block_NG: Tensor) -> Tensor:
@@ -274,15 +211,8 @@ def _per_column(block_NG: Tensor) -> Tensor:
     return block_NG[:, :, None].expand(n_rows, n_blocks, BLOCK).reshape(n_rows, n_blocks * BLOCK)
 
 
-def _row_chunks(n_rows: int, n_cols: int, device: torch.device) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS.get(device.type, 2**25) // n_cols)
+def _row_chunks(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+    n_rows, n_cols = shape
+    step = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // n_cols)
     for start in range(0, n_rows, step):
         yield slice(start, start + step)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _refuse(where: str, expected: str, got: str) -> NoReturn:
-    raise FormatError(where=where, expected=expected, got=got, do="Read it again from a valid NVFP4 checkpoint.")
