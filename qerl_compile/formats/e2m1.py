@@ -62,7 +62,7 @@ def pack(codes_NK: Tensor) -> Tensor:
 
 def unpack(codes_NK2: Tensor) -> Tensor:
     """Inverse of `pack`: uint8 [N, K/2] -> uint8 [N, K] with values 0..15."""
-    words = codes_NK2.to(torch.int16)
+    words = codes_NK2.to(torch.int16, memory_format=torch.contiguous_format)
     return ((words | (words << 4)) & 0x0F0F).view(torch.uint8)
 
 

@@ -46,7 +46,7 @@ AMAX_SCALED = E4M3_MAX * e2m1.MAX_VALUE  # 2688: where the largest weight lies i
 ZERO_BLOCK_DECODE_SCALE = 0.125  # compressed-tensors' eps for E4M3: byte 0x20
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 1 MB of fp32 stays in a CPU's second-level cache; a GPU wants few launches instead.
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**18, 2**25
 
 
 def quantize(w_NK: Tensor, *, amax: Tensor | None = None, name: str = "weight") -> PackedNVFP4:
@@ -213,6 +213,6 @@ def _per_column(block_NG: Tensor) -> Tensor:
 
 def _row_chunks(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
     n_rows, n_cols = shape
-    step = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // n_cols)
+    step = max(1, (CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS) // n_cols)
     for start in range(0, n_rows, step):
         yield slice(start, start + step)
