@@ -31,9 +31,10 @@ import yaml
 from pydantic import Field, ValidationError
 
 from qerl_compile.errors import RecipeError
-from qerl_compile.recipe_errors import key_path, nearest, recipe_error, shown
+from qerl_compile.recipe_errors import key_path, recipe_error
 from qerl_compile.recipe_fields import LoraRule, NoiseConfig, Part, QuantizeRule, TrainConfig
 from qerl_compile.recipe_yaml import MAX_BYTES, parse_yaml
+from qerl_compile.wording import nearest, shown
 
 __all__ = ["LoraRule", "NoiseConfig", "QuantizeRule", "Recipe", "TrainConfig", "builtin_names"]
 

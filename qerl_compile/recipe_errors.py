@@ -6,13 +6,13 @@ is told in full and the others are counted, because faults of a mistyped key com
 `match` is missing) and the unknown key is the cause: unknown keys are told first.
 """
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from qerl_compile.errors import RecipeError
+from qerl_compile.wording import nearest, shown
 
 _KINDS = {
     "int_type": "an integer",
@@ -43,18 +43,6 @@ def key_path(loc: Iterable[str | int]) -> str:
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path
-
-
-def shown(value: object) -> str:
-    """The value as a reader would recognise it, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` was probably meant to be, or None."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
 
 
 def recipe_error(fault: ValidationError, root: type[BaseModel], where: str) -> RecipeError:

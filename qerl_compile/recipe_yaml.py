@@ -21,6 +21,7 @@ from yaml.events import AliasEvent
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from qerl_compile.errors import RecipeError
+from qerl_compile.wording import shown
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -51,7 +52,7 @@ class _CoreLoader(yaml.SafeLoader):
             self.refuse(
                 event.start_mark,
                 expected="plain YAML without tags",
-                got=f"the tag {_shown(tag)}",
+                got=f"the tag {shown(tag)}",
                 do="Remove the tag; a recipe holds only mappings, lists, strings and numbers.",
             )
         self._depth += 1
@@ -81,7 +82,7 @@ class _CoreLoader(yaml.SafeLoader):
                 self.refuse(
                     key_node.start_mark,
                     expected="each key once in a mapping",
-                    got=f"{_shown(key)} again (first on line {seen[key].line + 1})",
+                    got=f"{shown(key)} again (first on line {seen[key].line + 1})",
                     do="Remove one of the two.",
                 )
             seen[key] = key_node.start_mark
@@ -155,8 +156,3 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def _place(where: str, mark: yaml.Mark | None) -> str:
     return where if mark is None else f"{where}:{mark.line + 1}:{mark.column + 1}"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
