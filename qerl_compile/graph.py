@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from qerl_compile.errors import GraphError
 
@@ -46,9 +47,9 @@ def owner_of(tensor: Tensor) -> nn.Module | None:
     return getattr(tensor, "qerl_owner", None)
 
 
-def make_ghost(weight: Tensor) -> Tensor:
-    """Return a NaN tensor with the shape, dtype and device of `weight` and a storage of one element."""
-    return torch.full((), float("nan"), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+def make_ghost(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a NaN tensor of the given shape, dtype and device with a storage of one element."""
+    return torch.full((), float("nan"), dtype=dtype, device=device).expand(*shape)
 
 
 def is_ghost(tensor: Tensor) -> bool:
@@ -77,6 +78,7 @@ class Program:
     inputs: dict[str, int] = field(default_factory=dict)
     owners: dict[str, int] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    fake_mode: FakeTensorMode | None = None
 
     def weights(self) -> Iterator[fx.Node]:
         """Yield the get_attr nodes that are weights, in graph order."""
@@ -91,23 +93,28 @@ class Program:
             if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).endswith(".weight"):
                 yield node, str(weight.target).removesuffix(".weight")
 
+    def rows(self, linear: fx.Node) -> int:
+        """Return N of a linear's weight [N, K]. Dynamo types every weight it lifts, and their sizes are static."""
+        return int(linear.all_input_nodes[1].meta["example_value"].shape[0])
+
     def weight(self, name: str) -> fx.Node:
         """Insert a get_attr node for the tensor called `name`, typed like the module's tensor."""
         node = self.graph.get_attr(name)
         path, _, leaf = name.rpartition(".")
         module = self.modules.get(path)
         tensor = None if module is None else leaf_tensor(module, leaf)
-        if tensor is not None:
-            node.meta["example_value"] = torch.empty_like(tensor, device="meta")
+        if tensor is not None and self.fake_mode is not None:
+            node.meta["example_value"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
         return node
 
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """Insert a call of `target`; its shape and dtype are inferred on meta tensors where the arguments' are known."""
+        """Insert a call of `target`; its type is inferred on fake tensors where the arguments' types are known."""
         node = self.graph.call_function(target, args)
-        values = fx.map_arg(args, lambda arg: _on_meta(arg.meta.get("example_value")))
-        if not any(value is None for value in _flatten(args, values)):
+        nodes: list[fx.Node] = []
+        fx.map_arg(args, nodes.append)
+        if all("example_value" in arg.meta for arg in nodes):
             with torch.no_grad():
-                node.meta["example_value"] = target(*values)
+                node.meta["example_value"] = target(*fx.map_arg(args, lambda arg: arg.meta["example_value"]))
         return node
 
     @contextmanager
@@ -131,19 +138,6 @@ class Program:
             self.graph.erase_node(node)
 
 
-def _on_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
-
-
-def _flatten(args: Any, values: Any) -> Iterator[Any]:
-    """Yield the values that stand where `args` has nodes (a None that was written as None is no missing value)."""
-    if isinstance(args, fx.Node):
-        yield values
-    elif isinstance(args, list | tuple):
-        for arg, value in zip(args, values, strict=True):
-            yield from _flatten(arg, value)
-
-
 def unlift(gm: fx.GraphModule, example_inputs: Sequence[Any], names: dict[int, str]) -> Program:
     """Copy Dynamo's graph with its lifted weights as named get_attr nodes.
 
@@ -155,7 +149,10 @@ def unlift(gm: fx.GraphModule, example_inputs: Sequence[Any], names: dict[int, s
     Returns:
         The program; placeholders that are no weights come first, in their old order.
     """
-    program = Program(fx.Graph())
+    examples = (node.meta.get("example_value") for node in gm.graph.nodes)
+    # The mode that typed the captured graph. TracingContext's is another one by now: Dynamo makes a fresh mode for backends.
+    fake_mode = next((example.fake_mode for example in examples if isinstance(example, FakeTensor)), None)
+    program = Program(fx.Graph(), fake_mode=fake_mode)
     copies: dict[fx.Node, fx.Node] = {}
     placeholders = gm.graph.find_nodes(op="placeholder")
     for index, node in enumerate(placeholders):

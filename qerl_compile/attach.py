@@ -1,0 +1,130 @@
+"""The state half of a transformation: what modules own, and the links that can be derived from it.
+
+Two kinds of state. What a module *owns* is canonical and saved: packed weights, LoRA factors, clean norm weights. *Links*
+are derived and can be rebuilt at any time: ghosts, decode scales, the fused storage of a group, and the owner marks
+through which graphs find tensors. `unlink` drops the links and `link` makes them, so a move to another device or a
+deep copy is: unlink, move or copy what is owned, link.
+
+`Attacher` takes weights one at a time, from memory or from a file. A group (q/k/v, gate/up) waits until its last
+member has arrived, because its members are quantized with one shared amax; everything else is quantized at once and its
+bf16 form dropped, so full precision never coexists with the packed model.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qerl_compile.errors import GraphError, ModelError
+from qerl_compile.formats.nvfp4 import PackedNVFP4, quantize_group
+from qerl_compile.graph import set_owner
+from qerl_compile.passes import LoRA, Noise, Quantize
+from qerl_compile.passes.quantize import add_ghost, derived_decode_scale, share_storage
+from qerl_compile.plan import Plan
+
+
+class Attacher:
+    """Attaches a plan's state to a model whose weights arrive in any order."""
+
+    def __init__(self, model: nn.Module, plan: Plan, *, seed: int = 0) -> None:
+        self.model, self.plan, self.seed = model, plan, seed
+        self._waiting: dict[str, Tensor] = {}
+
+    def weight(self, path: str, weight: Tensor) -> None:
+        """Take the dense weight [N, K] of the quantize site `path`; keep no reference once its group is packed."""
+        self._waiting[path] = weight
+        group = self.plan.group_of(path)
+        if all(member in self._waiting for member in group):
+            weights = {member: self._waiting.pop(member) for member in group}
+            for member, packed in quantize_group(weights).items():
+                Quantize.state(self.model.get_submodule(member), packed, weights[member].dtype)
+
+    def packed(self, path: str, packed: PackedNVFP4, dtype: torch.dtype) -> None:
+        """Take an already packed weight; `dtype` is what the model computes in."""
+        Quantize.state(self.model.get_submodule(path), packed, dtype)
+
+    def finish(self) -> Plan:
+        """Attach adapters and noise, link, freeze everything but the adapters; return the plan as carried out.
+
+        Groups whose members came packed with unequal global scales are dropped from the plan: one GEMM has one scale.
+        """
+        plan = replace(self.plan, groups=tuple(group for group in self.plan.groups if self._one_scale(group)))
+        self.model.requires_grad_(False)
+        generator = torch.Generator().manual_seed(self.seed)
+        for path, site in plan.lora.items():
+            module = self.model.get_submodule(path)
+            LoRA.state(module, module.weight, site, generator)
+        for path in plan.noise:
+            module = self.model.get_submodule(path)
+            Noise.state(module, module.weight)
+        for path in plan.quantize:
+            guard(self.model.get_submodule(path), path)
+        link(self.model, plan)
+        return plan
+
+    def _one_scale(self, group: tuple[str, ...]) -> bool:
+        scales = [self.model.get_submodule(path).weight_global_scale for path in group]
+        return all(torch.equal(scale, scales[0]) for scale in scales)
+
+
+def link(model: nn.Module, plan: Plan) -> None:
+    """Derive ghosts, decode scales, fused storage and owner marks from what the modules own."""
+    for path in plan.quantize:
+        add_ghost(model.get_submodule(path))
+    for group in plan.groups:
+        share_storage([model.get_submodule(path) for path in group])
+    for path in {*plan.quantize, *plan.lora, *plan.noise}:
+        module = model.get_submodule(path)
+        set_owner(module.weight, module)
+
+
+def unlink(model: nn.Module, plan: Plan) -> None:
+    """Drop every derived tensor and owner mark; the model cannot run until `link`."""
+    for path in {*plan.quantize, *plan.lora, *plan.noise}:
+        module = model.get_submodule(path)
+        module.weight.__dict__.pop("qerl_owner", None)
+    for path in plan.quantize:
+        module = model.get_submodule(path)
+        for derived in ("weight", "decode_scale", "fused_packed", "fused_scale"):
+            module._buffers.pop(derived, None)
+            module._non_persistent_buffers_set.discard(derived)
+
+
+def guard(module: nn.Module, path: str) -> None:
+    """Refuse what would read a ghost or break a link: a call outside a rewritten graph, a state_dict that is assigned."""
+    module.register_forward_pre_hook(_RefuseEagerCall(path))
+    module.register_load_state_dict_pre_hook(_refuse_assign)
+    module.register_load_state_dict_post_hook(_refresh)
+
+
+class _RefuseEagerCall:
+    """Forward pre-hook of a packed module. Dynamo traces it as nothing; plain Python gets an error that names the module."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            raise GraphError(
+                where=self.path,
+                expected="a call from inside a rewritten graph",
+                got="a call in plain Python, where the packed weight is a ghost (NaN)",
+                do="Call the whole model, or dequantize(...) the weight with qerl_compile.formats.nvfp4.",
+            )
+
+
+def _refuse_assign(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
+) -> None:
+    if metadata.get("assign_to_params_buffers"):
+        raise ModelError(
+            where=prefix.removesuffix("."),
+            expected="load_state_dict(..., assign=False), which copies into the packed storage",
+            got="assign=True, which would leave the fused storage of the group behind",
+            do="Drop assign=True.",
+        )
+
+
+def _refresh(module: nn.Module, _: Any) -> None:
+    module.decode_scale.copy_(derived_decode_scale(module))

@@ -1,0 +1,145 @@
+"""What a transformed model is: the same object, of a subclass of its own class.
+
+`transform` swaps `model.__class__` for a subclass with the same name, as FSDP2 does, so the result is still
+`isinstance(model, LlamaForCausalLM)` and everything that is not listed here is Hugging Face's own code:
+
+    forward            as before; with `decode="whole"`, calls that carry a cache run as one graph
+    to, half, cuda …   a move to a device moves what is owned and derives the links anew; a change of dtype is refused,
+                       since it would cast block scales and adapters
+    copy.deepcopy      copies what is owned, derives the links, compiles afresh
+    save_pretrained    refused, naming the exporters: the state_dict holds packed tensors that only they describe
+    gradient_checkpointing_enable    switches the recompute pass on (Hugging Face's own would hide the linears)
+
+`TransformState` hangs on the model as `model.qerl`: recipe, plan, compiler choice. It holds no tensors.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from qerl_compile.attach import link, unlink
+from qerl_compile.backend import GraphCompiler
+from qerl_compile.errors import ModelError
+from qerl_compile.plan import Plan
+from qerl_compile.recipe import Recipe
+from qerl_compile.region_calls import compile_regions, compile_whole
+
+
+@dataclass
+class TransformState:
+    """What was done to a model.
+
+    Attributes:
+        recipe: the recipe, as given.
+        plan: the plan, as carried out.
+        inner: inner compiler.
+        decode: "regional" or "whole": how calls with a cache are compiled.
+        recompute: whether the recompute pass runs.
+        base_name: where the weights came from; adapter files and model cards name it.
+        compilers: the graph compilers in use; `compilers[i].graphs` counts graphs.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    inner: str = "inductor"
+    decode: str = "regional"
+    recompute: bool = False
+    base_name: str = ""
+    compilers: list[GraphCompiler] = field(default_factory=list)
+
+
+class QerlModel(nn.Module):
+    """Mixed in before the model's own class; see the module's essay."""
+
+    qerl: TransformState
+
+    def compile_graphs(self) -> None:
+        """Set up compilation afresh; graphs are compiled when first called."""
+        self.qerl.compilers.clear()
+        compile_regions(self, self.qerl)
+        whole = compile_whole(self, self.qerl) if self.qerl.decode == "whole" else None
+        self.__dict__["_qerl_whole"] = whole
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        _refuse_cast(self, fn)
+        probe = next(self.parameters())
+        if fn(probe[:0]).device == probe.device:
+            return self
+        unlink(self, self.qerl.plan)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            link(self, self.qerl.plan)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        unlink(self, self.qerl.plan)
+        try:
+            state = {key: value for key, value in self.__dict__.items() if key not in ("_qerl_whole", "qerl")}
+            new.__dict__.update(copy.deepcopy(state, memo))
+        finally:
+            link(self, self.qerl.plan)
+        new.__dict__["qerl"] = TransformState(**{**vars(self.qerl), "compilers": []})
+        link(new, new.qerl.plan)
+        new.compile_graphs()
+        return new
+
+    def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> None:
+        """Refuse: see the module's essay."""
+        raise ModelError(
+            where=f"save_pretrained({str(save_directory)!r})",
+            expected="an exporter, since packed tensors need their format written beside them",
+            got="a transformed model",
+            do="Use qerl_compile.export(model, DIR, target='vllm') for the model or target='peft' for the adapter.",
+        )
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Switch the recompute pass on; only what enters a layer is then saved for backward."""
+        self.qerl.recompute = True
+        self.compile_graphs()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Switch the recompute pass off."""
+        self.qerl.recompute = False
+        self.compile_graphs()
+
+
+def become_qerl(model: nn.Module, state: TransformState) -> None:
+    """Swap the class of `model` for its qerl subclass and compile; the object stays the same."""
+    cls = type(model)
+    model.__class__ = _subclass(cls)
+    model.__dict__["qerl"] = state
+    model.compile_graphs()
+
+
+@functools.cache
+def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(cls.forward)  # generate() and trainers read the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = self.__dict__.get("_qerl_whole")
+        cached = kwargs.get("past_key_values") is not None
+        if whole is not None and cached and not torch.compiler.is_compiling():
+            return whole(*args, **kwargs)
+        return cls.forward(self, *args, **kwargs)
+
+    body = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (QerlModel, cls), body)
+
+
+def _refuse_cast(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        after = fn(torch.zeros(1, dtype=dtype)).dtype
+        if after != dtype and any(p.dtype == dtype for p in model.parameters()):
+            raise ModelError(
+                where=type(model).__name__,
+                expected="a transformed model to keep its dtypes",
+                got=f"a cast of {dtype} tensors to {after}, which would also cast adapters and block scales",
+                do=f"Load the model with dtype={after} before transforming it.",
+            )

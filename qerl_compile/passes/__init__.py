@@ -1,0 +1,21 @@
+"""Graph passes, in the order in which they run: noise → lora → fuse → quantize → recompute.
+
+A pass is two things (architecture.md, decision 4): `state`, which says what a module owns afterwards, and `__call__`,
+which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and never
+asks for a model family: it matches by graph fact (this linear's weight, the linears that share this input) and uses names
+only to select.
+"""
+
+from collections.abc import Callable
+
+from qerl_compile.graph import Program
+from qerl_compile.passes.fake_quantize import FakeQuantize
+from qerl_compile.passes.fuse import Fuse
+from qerl_compile.passes.lora import LoRA, LoraSite
+from qerl_compile.passes.noise import Noise
+from qerl_compile.passes.quantize import Quantize
+from qerl_compile.passes.recompute import Recompute
+
+Pass = Callable[[Program], None]
+
+__all__ = ["FakeQuantize", "Fuse", "LoRA", "LoraSite", "Noise", "Pass", "Quantize", "Recompute"]

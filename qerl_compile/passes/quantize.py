@@ -1,0 +1,106 @@
+"""Lower linears of packed modules to `qerl::quantized_linear`.
+
+    before      y = linear(x, W, b)                                    W: a ghost [N, K]
+    after       y = qerl::quantized_linear(x, codes, block_decode_scale, decode_scale) + b
+
+    before      f = linear(x, cat([Wq, Wk, Wv]), b)                    what the fuse pass left
+    after       f = qerl::quantized_linear(x, fused codes, fused block_decode_scale, decode_scale) + b
+
+What a packed module owns (architecture.md, decision 7). Names and layout are those of compressed-tensors' checkpoints,
+so that the module's state_dict is the serving file:
+
+    weight_packed        Parameter  uint8   [N, K/2]     codes, even column in the low nibble
+    weight_scale         Parameter  e4m3    [N, K/16]    block decode scale
+    weight_global_scale  buffer     float32 [1]          the source scalar, 2688 / amax: a divisor
+    decode_scale         buffer     float32 []           derived, 1 / weight_global_scale; not saved
+    weight               buffer     ghost   [N, K]       not saved
+    fused_packed, fused_scale                            first member of a group only; not saved: the members' own
+                                                         tensors are row slices of these, so there is one copy
+
+The codes are frozen Parameters and not buffers because sharding engines shard parameters and leave buffers replicated.
+
+What this pass does not do: bias. A bias stays dense and is added after, in the activation's dtype.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from qerl_compile.formats.nvfp4 import PackedNVFP4
+from qerl_compile.graph import LINEAR, Program, make_ghost
+from qerl_compile.kernels import ops as _ops  # noqa: F401  # registers the qerl:: operators
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Lowers the linears of `sites` (module paths), and the fused linears of `groups` (tuples of such paths)."""
+
+    sites: frozenset[str]
+    groups: tuple[tuple[str, ...], ...] = ()
+
+    @staticmethod
+    def state(module: nn.Module, packed: PackedNVFP4, dtype: torch.dtype) -> None:
+        """Replace the module's `weight` by its packed form; `dtype` is what the dense weight had, and the ghost has."""
+        module.weight_packed = nn.Parameter(packed.codes_NK2, requires_grad=False)
+        module.weight_scale = nn.Parameter(packed.block_decode_scale_NG, requires_grad=False)
+        module.register_buffer("weight_global_scale", packed.global_scale.reshape(1))
+        module._parameters.pop("weight", None)
+        module.dense_dtype = dtype
+        add_ghost(module)
+
+    def __call__(self, program: Program) -> None:
+        """Rewrite every linear of a site and every fused linear of a group."""
+        for node in list(program.graph.find_nodes(op="call_function", target=LINEAR)):
+            path = self._packed_path(node.args[1])
+            if path is None:
+                continue
+            names = ("fused_packed", "fused_scale") if node.args[1].op != "get_attr" else ("weight_packed", "weight_scale")
+            bias = node.args[2] if len(node.args) > 2 else None
+            weight = node.args[1]
+            with program.replacing(node) as result:
+                operands = [program.weight(f"{path}.{name}") for name in (*names, "decode_scale")]
+                result.append(program.call(torch.ops.qerl.quantized_linear.default, node.args[0], *operands))
+                if bias is not None:
+                    result[:] = [program.call(torch.add, result[0], bias)]
+            if not weight.users:
+                program.graph.erase_node(weight)
+
+    def _packed_path(self, weight: fx.Node) -> str | None:
+        """Return the module that owns the packed form of a linear's weight node, or None for a dense weight."""
+        if weight.op == "get_attr":
+            path = str(weight.target).removesuffix(".weight")
+            return path if path in self.sites else None
+        if weight.target is torch.cat:
+            members = tuple(str(member.target).removesuffix(".weight") for member in weight.all_input_nodes)
+            return members[0] if members in self.groups else None
+        return None
+
+
+def add_ghost(module: nn.Module) -> None:
+    """Derive the ghost `weight` and `decode_scale` (multiplies) of a packed module from what it owns."""
+    rows, bytes_in = module.weight_packed.shape
+    ghost = make_ghost((rows, 2 * bytes_in), module.dense_dtype, module.weight_packed.device)
+    module.register_buffer("weight", ghost, persistent=False)
+    module.register_buffer("decode_scale", derived_decode_scale(module), persistent=False)
+
+
+def derived_decode_scale(module: nn.Module) -> Tensor:
+    """Return the fp32 0-dim multiplier that the stored divisor stands for."""
+    return module.weight_global_scale.float().reciprocal().reshape(())
+
+
+def share_storage(members: Sequence[nn.Module]) -> None:
+    """Lay the packed tensors of a fused group one after another and make the members' own tensors row slices of them.
+
+    The group's memory is allocated once more while it is copied, and freed at once: three or four projections at a time.
+    """
+    for own, fused in (("weight_packed", "fused_packed"), ("weight_scale", "fused_scale")):
+        parts = [module._parameters[own] for module in members]
+        whole = torch.cat([part.data.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+        members[0].register_buffer(fused, whole, persistent=False)
+        start = 0
+        for part in parts:
+            part.data = whole[start : start + part.shape[0]]
+            start += part.shape[0]

@@ -1,0 +1,148 @@
+"""Compile a model region by region, and call the regions so that they share graphs.
+
+Each decoder layer gets a compiled call. Layers to which the plan does the same thing share one function and one
+`GraphCompiler`, so Dynamo captures the first and reuses its graph for the rest; layers that differ (another rank, a skipped
+projection) get their own, since Dynamo cannot see from its inputs what a pass will add.
+
+Two things keep the number of graphs flat in depth and small in shapes:
+
+*The cache is late-bound too.* Attention calls `cache.update(k, v, self.layer_idx)`, and an integer that indexes becomes a
+guard: one graph per layer. A region is therefore handed a `LayerCache`, a view of its own layer's cache that ignores the
+index. Prefill and decode then take the same few graphs at any depth.
+
+*Batch and length are marked dynamic* (`maybe_mark_dynamic`) on the way in, so that the first call already compiles
+for all lengths. `dynamic=True` would also turn module floats such as eps into inputs (design/compiler.md, rule R6).
+
+What this module does not do: rewrite graphs (`backend.py`), or keep a cache of its own.
+"""
+
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qerl_compile.backend import GraphCompiler
+from qerl_compile.passes import Fuse, LoRA, Noise, Pass, Quantize, Recompute
+
+if TYPE_CHECKING:
+    from qerl_compile.model import TransformState
+
+RECOMPILE_LIMIT = 64
+"""Graphs per kind of region: gradients on or off, first layer or not, batch 1 or more, one token or more, cache types."""
+
+
+def passes_for(state: "TransformState") -> list[Pass]:
+    """Return the passes of a plan in their order: noise → lora → fuse → quantize → recompute."""
+    plan = state.plan
+    passes: list[Pass] = [
+        Noise(frozenset(plan.noise)),
+        LoRA(plan.lora),
+        Fuse(plan.groups),
+        Quantize(frozenset(plan.quantize), plan.groups),
+    ]
+    return [*passes, Recompute()] if state.recompute else passes
+
+
+def named_tensors(model: nn.Module) -> dict[int, str]:
+    """Return `{id(tensor): checkpoint key}` for every parameter and buffer."""
+    return {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
+
+
+def compile_regions(model: nn.Module, state: "TransformState") -> None:
+    """Give every region of the plan a compiled call."""
+    compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
+    for path in state.plan.regions():
+        region = model.get_submodule(path)
+        kind = state.plan.kind(path)
+        if kind not in compiled:
+            compiler = GraphCompiler(passes_for(state), lambda: named_tensors(model), state.inner)
+            state.compilers.append(compiler)
+            compiled[kind] = _isolated(_call_region, compiler)
+        index = state.plan.layers.index(path) if path in state.plan.layers else None
+        # nn.Module.compile() sets this same attribute; it takes no wrapper, which late-binding the cache needs.
+        region._compiled_call_impl = _RegionCall(region, compiled[kind], index)
+
+
+def compile_whole(model: nn.Module, state: "TransformState") -> Callable[..., Any]:
+    """Return the model's forward as one graph, for calls that carry a cache."""
+    compiler = GraphCompiler(passes_for(state), lambda: named_tensors(model), state.inner)
+    state.compilers.append(compiler)
+    compiled = _isolated(_call_forward, compiler)
+    return lambda *args, **kwargs: compiled(model, *args, **kwargs)
+
+
+def _call_region(region: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return region._call_impl(*args, **kwargs)
+
+
+def _call_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model.forward(*args, **kwargs)
+
+
+_serial = itertools.count()
+
+
+def _isolated(function: Callable[..., Any], compiler: GraphCompiler) -> Callable[..., Any]:
+    """Compile a private copy of `function`: Dynamo keeps graphs, and counts recompilations, per code object."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    private = types.FunctionType(code, function.__globals__, function.__name__)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return torch.compile(private, backend=compiler, fullgraph=True, recompile_limit=RECOMPILE_LIMIT)
+    compiled = torch.compile(private, backend=compiler, fullgraph=True)  # torch < 2.13
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+class _RegionCall:
+    """One region's compiled call; see the module's essay."""
+
+    def __init__(self, region: nn.Module, compiled: Callable[..., Any], index: int | None) -> None:
+        self.region, self.compiled, self.index = region, compiled, index
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # part of a larger graph, such as decode="whole"
+            return self.region._call_impl(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is not None and self.index is not None:
+            kwargs["past_key_values"] = LayerCache(cache, self.index)
+        _mark_dynamic([*args, *kwargs.values()], kwargs.get("attention_mask"))
+        return self.compiled(self.region, *args, **kwargs)
+
+
+class LayerCache:
+    """The part of a transformers cache that one layer sees.
+
+    Attention calls `update` with its own index; here the index is known already, and ignoring the argument keeps it
+    from becoming a guard.
+    """
+
+    def __init__(self, cache: Any, index: int) -> None:
+        while len(cache.layers) <= index:  # a DynamicCache without a config grows as layers first write
+            cache.layers.append(cache.layer_class_to_replicate())
+        self.layer = cache.layers[index]
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, H, T, D]; return all that attention may read."""
+        return self.layer.update(key, value, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many positions are cached."""
+        return self.layer.get_seq_length()
+
+
+def _mark_dynamic(values: Iterable[Any], attention_mask: Any) -> None:
+    for value in values:
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, Tensor) and tensor.dim() >= 2:
+                dims = (0, 2, 3) if tensor is attention_mask and tensor.dim() == 4 else (0, 1)
+                for dim in dims:
+                    if tensor.shape[dim] > 1:  # sizes 0 and 1 are specialised by Dynamo
+                        torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -1,0 +1,167 @@
+"""Regions: the modules that are compiled one by one, and a way to look inside them before any weight is read.
+
+A region is a decoder layer. Compiling layers instead of the model keeps compile time flat in depth: Dynamo captures one
+layer and reuses its graph for all that are alike (design/compiler.md B1: two graphs at any depth for training). A model's
+decoder layers are the modules that transformers itself marks as the unit of checkpointing, `GradientCheckpointingLayer`;
+no family is named here.
+
+`capture` finds out what a layer computes without its weights: the model is copied to the meta device (shapes, no
+storage), run once on eight tokens, and one layer of each kind is caught by Dynamo on the way. Which linears
+share an input and which norm feeds them are then facts of that graph.
+
+What this module does not do: rewrite, or compile for running (`transform.py`).
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+
+from qerl_compile.errors import GraphError
+from qerl_compile.graph import Program, unlift
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's decoder layers by module path, in order.
+
+    Raises:
+        GraphError: the model has none that transformers marks.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in layers)
+        if isinstance(module, GradientCheckpointingLayer) and not inside:
+            layers[path] = module
+    if not layers:
+        raise GraphError(
+            where=type(model).__name__,
+            expected="decoder layers derived from transformers' GradientCheckpointingLayer",
+            got="none",
+            do="Use a causal LM of transformers 5.17 or newer, or torch.compile(model, backend='qerl').",
+        )
+    return layers
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Copy `model` to the meta device: same modules, shapes and dtypes, no storage, nothing read."""
+    memo: dict[int, object] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        meta = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
+    return copy.deepcopy(model, memo)
+
+
+def kind(layer: nn.Module) -> tuple[object, ...]:
+    """Return what two layers must agree on to compute the same function of their weights."""
+    parts = [(path, type(module).__qualname__) for path, module in layer.named_modules()]
+    return (*parts, *((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()))
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What the graph of one layer says; module paths are full paths.
+
+    Attributes:
+        linears: every linear called with a weight of its own.
+        groups: linears that read the same node, in call order; only groups of two or more.
+        norms: modules whose 1-D weight scales the input of a linear, such as input_layernorm.
+    """
+
+    linears: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    norms: tuple[str, ...]
+
+    def renamed(self, old: str, new: str) -> "LayerFacts":
+        """Return the same facts about another layer of the same kind."""
+
+        def move(paths: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(new + path.removeprefix(old) for path in paths)
+
+        return replace(
+            self, linears=move(self.linears), groups=tuple(map(move, self.groups)), norms=move(self.norms)
+        )
+
+
+def layer_facts(program: Program) -> LayerFacts:
+    """Read linears, groups that share an input, and feeding norms off a captured layer."""
+    by_input: dict[fx.Node, list[str]] = {}
+    for node, path in program.linears():
+        if isinstance(node.args[0], fx.Node):
+            by_input.setdefault(node.args[0], []).append(path)
+    norms = dict.fromkeys(norm for x in by_input for norm in _feeding_norms(x))
+    return LayerFacts(
+        linears=tuple(path for paths in by_input.values() for path in paths),
+        groups=tuple(tuple(paths) for paths in by_input.values() if len(paths) > 1),
+        norms=tuple(norms),
+    )
+
+
+_POINTWISE = frozenset({"mul", "to", "type_as", "float", "add"})
+"""How a norm's weight reaches its output: `w * x̂`, and `x̂ * (1 + w.float())` in Gemma, with casts around."""
+
+
+def _feeding_norms(x: fx.Node) -> Iterator[str]:
+    """Yield the module whose 1-D weight is multiplied into `x` last, if x is the output of a norm."""
+    seen, stack = set[fx.Node](), [(x, 0)]
+    while stack:
+        node, depth = stack.pop()
+        if node in seen or depth > 4:
+            continue
+        seen.add(node)
+        value = node.meta.get("example_value")
+        if node.op == "get_attr" and str(node.target).endswith(".weight") and value is not None and value.dim() == 1:
+            yield str(node.target).removesuffix(".weight")
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.op.startswith("call") and name in _POINTWISE and _same_module(node, x):
+            stack += [(source, depth + 1) for source in node.all_input_nodes]
+
+
+def _same_module(node: fx.Node, x: fx.Node) -> bool:
+    """Whether two calls come from one module, so that a walk stays inside the norm and off the residual stream."""
+    stacks = [list((n.meta.get("nn_module_stack") or {}).values()) for n in (node, x)]
+    return bool(stacks[0] and stacks[1]) and stacks[0][-1] == stacks[1][-1]
+
+
+def capture(model: nn.Module) -> dict[str, LayerFacts]:
+    """Return the facts of every decoder layer of `model`, which may be on any device; no weight is read.
+
+    Raises:
+        GraphError: Dynamo cannot capture a layer in one graph.
+    """
+    shadow = skeleton(model).eval()
+    layers = decoder_layers(shadow)
+    names = {id(t): name for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]}
+    facts: dict[str, LayerFacts] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for path, layer in layers.items():
+        representative = first.setdefault(kind(layer), path)
+        if representative == path:
+            layer.compile(backend=_recorder(facts, path, names), fullgraph=True)
+    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            # A ready 4-D mask: transformers decides about 2-D masks by looking at their values, which meta tensors lack.
+            mask = torch.ones(2, 1, 8, 8, dtype=torch.bool, device="meta")
+            ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
+            shadow(input_ids=ids, attention_mask=mask, use_cache=False)
+    except torch._dynamo.exc.TorchDynamoException as fault:
+        raise GraphError(
+            where=type(model).__name__,
+            expected="decoder layers that torch.compile captures in one graph each",
+            got=str(fault).splitlines()[0],
+            do="Report this model class; meanwhile torch.compile(model, backend='qerl') may work.",
+        ) from fault
+    return {path: facts[first[kind(layer)]].renamed(first[kind(layer)], path) for path, layer in layers.items()}
+
+
+def _recorder(facts: dict[str, LayerFacts], path: str, names: dict[int, str]):  # noqa: ANN202  # a Dynamo backend
+    def backend(gm: fx.GraphModule, example_inputs: list[torch.Tensor]):  # noqa: ANN202
+        facts[path] = layer_facts(unlift(gm, example_inputs, names))
+        return gm.forward
+
+    return backend

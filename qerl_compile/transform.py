@@ -1,0 +1,147 @@
+"""`transform`: a Hugging Face causal LM goes in; the same object comes out, computing from packed weights.
+
+    plan     recipe × captured graph → sites                                   plan.py
+    attach   quantize each weight in place, free its bf16 form, add adapters   attach.py
+    compile  each decoder layer through Dynamo and the passes                  region_calls.py, backend.py
+
+Everything is checked before the first weight is touched, and weights are freed one group at a time, so that the peak is
+the old model plus one group. For models that do not fit in memory at all, see `loading.load`.
+"""
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from qerl_compile.attach import Attacher
+from qerl_compile.backend import check_inner
+from qerl_compile.errors import FormatError, ModelError
+from qerl_compile.formats.nvfp4 import WEIGHT_DTYPES
+from qerl_compile.model import QerlModel, TransformState, become_qerl
+from qerl_compile.plan import make_plan
+from qerl_compile.recipe import Recipe
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+RecipeLike = Recipe | Mapping[str, Any] | str | PathLike[str]
+
+
+def transform(
+    model: ModelT,
+    recipe: RecipeLike,
+    *,
+    inner: str = "inductor",
+    decode: str = "regional",
+    seed: int = 0,
+) -> ModelT:
+    """Pack, adapt and compile a causal LM in place.
+
+    Args:
+        model: a transformers causal LM (`PreTrainedModel`) in bf16, fp16 or fp32, on its final device.
+        recipe: a `Recipe`, a mapping, the name of a built-in recipe, or a YAML file.
+        inner: what compiles the rewritten graphs: "inductor", "aot_eager" or "eager".
+        decode: how calls with a cache are compiled: "regional" (one graph per kind of layer) or "whole" (one graph).
+        seed: of the adapters' initial values.
+
+    Returns:
+        The same object; only LoRA factors require gradients.
+
+    Raises:
+        RecipeError: the recipe is faulty or does not fit the model.
+        FormatError: a weight cannot be packed: NaN, Inf, or K no multiple of 16.
+        GraphError: a layer cannot be captured.
+        ModelError: the model was transformed before, or is no transformers model.
+    """
+    recipe = Recipe.resolve(recipe)
+    check_options(inner, decode)
+    _refuse_unsuitable(model)
+    plan = make_plan(model, recipe)
+    for path in plan.quantize:
+        _check_weight(model.get_submodule(path).weight, path)
+    attacher = Attacher(model, plan, seed=seed)
+    with torch.no_grad():
+        for path in plan.quantize:
+            attacher.weight(path, model.get_submodule(path)._parameters["weight"].data)
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    become_qerl(model, TransformState(recipe, attacher.finish(), inner=inner, decode=decode, base_name=name))
+    return model
+
+
+def check_options(inner: str, decode: str) -> None:
+    """Refuse an unknown inner compiler or decode mode before any work starts."""
+    check_inner(inner)
+    if decode not in ("regional", "whole"):
+        raise ModelError(
+            where="decode", expected="'regional' or 'whole'", got=repr(decode), do="Use decode='regional', the default."
+        )
+
+
+def resample_noise(model: nn.Module, sigma: float, generator: torch.Generator | None = None) -> tuple[int, float]:
+    """Draw z ~ N(0, sigma²) for every noisy norm, in place; sigma = 0 restores the clean model bit for bit.
+
+    Args:
+        model: a transformed model.
+        sigma: standard deviation, in units of the norm weights.
+        generator: a CPU generator; draws are made on the CPU, so a seed means the same noise on every device.
+
+    Returns:
+        (number of norms, root mean square of `w_eff - w` as computed in fp32).
+    """
+    plan, squares, count = state_of(model).plan, 0.0, 0
+    for path in plan.noise:
+        norm = model.get_submodule(path)
+        if sigma == 0:
+            norm.noise.zero_()
+            continue
+        draw = torch.randn(norm.noise.shape, generator=generator, dtype=torch.float32) * sigma
+        norm.noise.copy_(draw)
+        clean = norm.weight.detach().float()
+        squares += ((clean + norm.noise) - clean).square().sum().item()
+        count += norm.noise.numel()
+    return len(plan.noise), (squares / count) ** 0.5 if count else 0.0
+
+
+def state_of(model: nn.Module) -> TransformState:
+    """Return what was done to a transformed model.
+
+    Raises:
+        ModelError: the model is not transformed.
+    """
+    if not isinstance(model, QerlModel):
+        raise ModelError(
+            where=type(model).__name__,
+            expected="a model that went through qerl_compile.transform or load",
+            got="an ordinary model",
+            do="Call qerl_compile.transform(model, recipe) first.",
+        )
+    return model.qerl
+
+
+def _check_weight(weight: torch.Tensor, path: str) -> None:
+    """Find what the quantizer would refuse before the first weight is given up."""
+    if weight.dtype not in WEIGHT_DTYPES:
+        got, do = f"{weight.dtype}", "Load the model with dtype=torch.bfloat16."
+    elif not torch.isfinite(weight.detach().amax()) or not torch.isfinite(weight.detach().amin()):
+        bad = int((~torch.isfinite(weight.detach())).sum())
+        got, do = f"{bad} values that are NaN or Inf", "Use a checkpoint that loads with finite weights."
+    else:
+        return
+    expected = "finite bf16, fp16 or fp32 weights"
+    raise FormatError(where=f"{path}.weight", expected=expected, got=got, do=do)
+
+
+def _refuse_unsuitable(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    got = do = None
+    if isinstance(model, QerlModel):
+        got, do = "a model that is transformed already", "Load the base model again, or train this one."
+    elif not isinstance(model, PreTrainedModel):
+        got, do = f"a {type(model).__name__}", "Pass a transformers PreTrainedModel, such as AutoModelForCausalLM gives."
+    elif getattr(model.config, "quantization_config", None):
+        got, do = "a model that another quantizer owns", "Load it dense, or give its directory to qerl_compile.load."
+    elif any(p.device.type == "meta" for p in model.parameters()):
+        got, do = "weights on the meta device", "Use qerl_compile.load(DIR, recipe), which streams them in."
+    if got is not None:
+        raise ModelError(where=type(model).__name__, expected="a dense causal LM in memory", got=got, do=str(do))
