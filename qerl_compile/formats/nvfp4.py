@@ -39,7 +39,17 @@ from qerl_compile.formats import e2m1
 from qerl_compile.formats.e2m1 import pack, unpack
 from qerl_compile.formats.packed_nvfp4 import BLOCK, PackedNVFP4
 
-__all__ = ["BLOCK", "PackedNVFP4", "dequantize", "exact_products", "pack", "quantize", "quantize_group", "unpack"]
+__all__ = [
+    "BLOCK",
+    "PackedNVFP4",
+    "check_weight",
+    "dequantize",
+    "exact_products",
+    "pack",
+    "quantize",
+    "quantize_group",
+    "unpack",
+]
 
 E4M3_MAX = 448.0
 AMAX_SCALED = E4M3_MAX * e2m1.MAX_VALUE  # 2688: where the largest weight lies in units of the decode scale
@@ -47,6 +57,15 @@ ZERO_BLOCK_DECODE_SCALE = 0.125  # compressed-tensors' eps for E4M3: byte 0x20
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 1 MB of fp32 stays in a CPU's second-level cache; a GPU wants few launches instead.
 CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**18, 2**25
+
+
+def check_weight(w_NK: Tensor, name: str = "weight") -> None:
+    """Refuse what `quantize` would refuse, without quantizing: for callers that must not fail halfway.
+
+    Raises:
+        FormatError: wrong rank, dtype or K; NaN or Inf.
+    """
+    _block_amax(w_NK, name)
 
 
 def quantize(w_NK: Tensor, *, amax: Tensor | None = None, name: str = "weight") -> PackedNVFP4:
@@ -171,7 +190,7 @@ def _block_decode_scale(block_amax_NG: Tensor, global_scale: Tensor) -> Tensor:
 
 def _block_amax(w_NK: Tensor, name: str) -> Tensor:
     """Check the weight and return the largest magnitude of every block: w's dtype, [N, G]."""
-    _check_weight(w_NK, name)
+    _check_form(w_NK, name)
     n_rows, n_cols = w_NK.shape
     block_amax_NG = torch.empty(n_rows, n_cols // BLOCK, dtype=w_NK.dtype, device=w_NK.device)
     # Magnitudes of IEEE numbers order like their bits, Inf above all numbers and NaN above Inf, and integer
@@ -193,7 +212,7 @@ def _block_amax(w_NK: Tensor, name: str) -> Tensor:
     return block_amax_NG
 
 
-def _check_weight(w_NK: Tensor, name: str) -> None:
+def _check_form(w_NK: Tensor, name: str) -> None:
     def refuse(expected: str, got: str, do: str) -> NoReturn:
         raise FormatError(where=name, expected=expected, got=got, do=do)
 

@@ -7,7 +7,7 @@ import torch
 
 from qerl_compile.errors import FormatError
 from qerl_compile.formats import nvfp4
-from qerl_compile.formats.nvfp4 import PackedNVFP4, dequantize, exact_products, quantize, quantize_group
+from qerl_compile.formats.nvfp4 import PackedNVFP4, check_weight, dequantize, exact_products, quantize, quantize_group
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 F8 = torch.float8_e4m3fn
@@ -168,6 +168,8 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_and_place(bad, dtype):
     w_NK[2, 17] = bad
     with pytest.raises(FormatError, match=r"layers\.0\.q_proj.*1 NaN or Inf.*row 2, column 17.*Repair"):
         quantize(w_NK, name="layers.0.q_proj")
+    with pytest.raises(FormatError, match=r"layers\.0\.q_proj.*row 2, column 17"):
+        check_weight(w_NK, "layers.0.q_proj")
     with pytest.raises(FormatError, match=r"k_proj.*row 2, column 17"):
         quantize_group({"q_proj": torch.ones(4, 32, dtype=dtype), "k_proj": w_NK})
 
@@ -187,12 +189,21 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_and_place(bad, dtype):
 def test_a_weight_of_the_wrong_form_is_refused(w_NK, message):
     with pytest.raises(FormatError, match=message):
         quantize(w_NK, name="w1")
+    with pytest.raises(FormatError, match=message):
+        check_weight(w_NK, "w1")
 
 
 @pytest.mark.parametrize("amax", [0.5, float("nan")])
 def test_an_amax_below_the_weights_own_is_refused(amax):
     with pytest.raises(FormatError, match=r"w1: expected amax at least as large as the weight's own 2; got"):
         quantize(torch.full((1, 16), 2.0), amax=torch.tensor(amax), name="w1")
+
+
+def test_a_good_weight_passes_the_check_unchanged():
+    w_NK = torch.randn(2, 32)
+    before = w_NK.clone()
+    check_weight(w_NK)
+    assert torch.equal(w_NK, before)
 
 
 def test_a_group_of_mixed_dtypes_is_refused():
