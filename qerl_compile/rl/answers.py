@@ -30,7 +30,9 @@ EXTRACTORS: tuple[str, ...] = get_args(Extractor)
 MAX_DIGITS = 400
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++"
 # Possessive throughout: no backtracking, so `12e5` cannot match as `1`, and a long completion costs linear time.
-NUMBER = re.compile(rf"(?<![A-Za-z0-9_.])(?P<sign>(?<![)\]])[-+])?\$?(?P<digits>{_DIGITS})(?![eE][-+]?[0-9])")
+NUMBER = re.compile(
+    rf"(?<![A-Za-z0-9_.])(?<![0-9][eE][-+])(?P<sign>(?<![)\]])[-+])?\$?(?P<digits>{_DIGITS})(?![eE][-+]?[0-9])"
+)
 _ANSWER_TAG = re.compile(r"<(/?)answer>", flags=re.IGNORECASE)
 _BRACE = re.compile(r"\\boxed\{|[{}]")
 
@@ -99,7 +101,7 @@ def last_marked(text: str, *, numeric: bool) -> str | None:
     if content is not None:
         return content.strip()
     start = r"[ \t]*(?=[-+$.]*[0-9])" if numeric else r"[ \t]*(?=\S)"
-    lines = re.findall(rf"####(?!#){start}([^\n]*)", text)
+    lines = re.findall(rf"(?<!#)####(?!#){start}([^\n]*)", text)
     return lines[-1].strip() if lines else None
 
 

@@ -80,8 +80,8 @@ def load_function(path: Path, name: str) -> RewardFunction:
         del sys.modules[module_name]
         got = f"{type(error).__name__}: {error}"
         raise TaskError(where=where, expected="a file that imports", got=got, do="Correct the file.") from error
-    function: Any = getattr(module, name, None)
-    if not callable(function):
+    function: RewardFunction | None = getattr(module, name, None)
+    if function is None or not callable(function):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         do = f"The file defines {', '.join(own) or 'no function'}."
         raise TaskError(where=where, expected="a function", got=repr(function), do=do)
