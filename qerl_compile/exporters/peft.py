@@ -1,0 +1,62 @@
+"""Export the adapter of a transformed model as a PEFT directory that can be published.
+
+The two files of `adapter_files`, the tokenizer, and a card that says which base the adapter saw: it was trained against
+weights rounded to NVFP4, so on the bf16 base it gives the same function only up to that rounding. Adding B·A into 4-bit
+weights would round the adapter itself away (huggingface/peft#2321), so nothing is merged.
+"""
+
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from qerl_compile.adapter_files import adapter_tensors, adapters_of, write_adapter_files
+from qerl_compile.exporters.card import Card, provenance, shown_base, write_card
+from qerl_compile.staged_write import refuse_existing, staged_directory
+
+
+def export_peft(
+    model: nn.Module, out_dir: str | PathLike[str], *, tokenizer: Any = None, base_name: str | None = None
+) -> None:
+    """Write adapter, tokenizer and card.
+
+    Args:
+        model: its adapted modules have Parameters `lora_A`, `lora_B` and attributes `lora_rank`, `lora_alpha`.
+        out_dir: must not exist.
+        tokenizer: anything with `save_pretrained`, or None.
+        base_name: hub id or path of the base model; default: what `model.qerl` recorded.
+
+    Raises:
+        ExportError: no adapter, NaN or Inf in it, or `out_dir` exists.
+    """
+    refuse_existing(out_dir)
+    base, recipe_yaml = provenance(model, base_name)
+    name = shown_base(base) or type(model).__name__
+    tensors, adapters = adapter_tensors(model), adapters_of(model)
+    with staged_directory(out_dir) as stage:
+        write_adapter_files(model, stage, tensors, base_name=base)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        shown_ranks = ", ".join(str(rank) for rank in sorted({each.rank for each in adapters.values()}))
+        card = Card(
+            title=f"LoRA adapter for {name}",
+            summary="A LoRA adapter trained by reinforcement learning with qerl-compile.",
+            facts={
+                "Adapted modules": str(len(adapters)),
+                "Rank": shown_ranks,
+                "Parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
+                "Base that the adapter saw": _seen_base(model),
+            },
+            usage=f"vllm serve {name} --enable-lora --lora-modules adapter=THIS_DIRECTORY",
+            base_name=base,
+            relation="adapter",
+            library="peft",
+            tags=["lora"],
+            recipe_yaml=recipe_yaml,
+        )
+        write_card(stage, card)
+
+
+def _seen_base(model: nn.Module) -> str:
+    packed = sum("weight_packed" in module._parameters for module in model.modules())
+    return f"{packed} linears rounded to NVFP4, the rest unchanged" if packed else "the base model itself"
