@@ -31,14 +31,23 @@ class Attacher:
         self.model, self.plan, self.seed = model, plan, seed
         self._waiting: dict[str, Tensor] = {}
 
-    def weight(self, path: str, weight: Tensor) -> None:
-        """Take the dense weight [N, K] of the quantize site `path`; keep no reference once its group is packed."""
+    def weight(self, path: str, weight: Tensor, *, dtype: torch.dtype | None = None) -> None:
+        """Take the dense weight [N, K] of the quantize site `path`; keep no reference once its group is packed.
+
+        Args:
+            path: module path, one of `plan.quantize`.
+            weight: in the dtype of the checkpoint, which decides the bytes.
+            dtype: what the model computes in; None is the weight's own.
+        """
+        module = self.model.get_submodule(path)
+        module.dense_dtype = dtype or weight.dtype
         self._waiting[path] = weight
         group = self.plan.group_of(path)
         if all(member in self._waiting for member in group):
             weights = {member: self._waiting.pop(member) for member in group}
             for member, packed in quantize_group(weights).items():
-                Quantize.state(self.model.get_submodule(member), packed, weights[member].dtype)
+                owner = self.model.get_submodule(member)
+                Quantize.state(owner, packed, owner.dense_dtype)
 
     def packed(self, path: str, packed: PackedNVFP4, dtype: torch.dtype) -> None:
         """Take an already packed weight; `dtype` is what the model computes in."""

@@ -65,8 +65,13 @@ class Plan:
         return (tuple(quantized), tuple(adapters), tuple(norms))
 
 
-def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
+def make_plan(model: nn.Module, recipe: Recipe, *, packed: frozenset[str] = frozenset()) -> Plan:
     """Match the recipe against a model on any device, meta included.
+
+    Args:
+        model: with its weights still dense, or on meta.
+        recipe: the rules.
+        packed: linears that a checkpoint holds packed already; they are sites whatever the rules say.
 
     Raises:
         RecipeError: a rule selects nothing, or selects what cannot be rewritten.
@@ -79,7 +84,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     inside = tuple(f"{layer}." for layer in facts)
     usable = [path for path in linears if path in called or not path.startswith(inside)]
 
-    quantize: dict[str, str] = {}
+    quantize = {path: "nvfp4" for path in usable if path in packed}
     for path, rule in _first_matches("quantize", recipe.quantize, usable, linears):
         if rule.format != "none":
             _check_packable(model, path, linears[path])

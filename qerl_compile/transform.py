@@ -17,8 +17,8 @@ from torch import nn
 
 from qerl_compile.attach import Attacher
 from qerl_compile.backend import check_inner
-from qerl_compile.errors import FormatError, ModelError
-from qerl_compile.formats.nvfp4 import WEIGHT_DTYPES
+from qerl_compile.errors import ModelError
+from qerl_compile.formats.nvfp4 import check_weight
 from qerl_compile.model import QerlModel, TransformState, become_qerl
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
@@ -58,7 +58,7 @@ def transform(
     _refuse_unsuitable(model)
     plan = make_plan(model, recipe)
     for path in plan.quantize:
-        _check_weight(model.get_submodule(path).weight, path)
+        check_weight(model.get_submodule(path).weight, path)
     attacher = Attacher(model, plan, seed=seed)
     with torch.no_grad():
         for path in plan.quantize:
@@ -116,19 +116,6 @@ def state_of(model: nn.Module) -> TransformState:
             do="Call qerl_compile.transform(model, recipe) first.",
         )
     return model.qerl
-
-
-def _check_weight(weight: torch.Tensor, path: str) -> None:
-    """Find what the quantizer would refuse before the first weight is given up."""
-    if weight.dtype not in WEIGHT_DTYPES:
-        got, do = f"{weight.dtype}", "Load the model with dtype=torch.bfloat16."
-    elif not torch.isfinite(weight.detach().amax()) or not torch.isfinite(weight.detach().amin()):
-        bad = int((~torch.isfinite(weight.detach())).sum())
-        got, do = f"{bad} values that are NaN or Inf", "Use a checkpoint that loads with finite weights."
-    else:
-        return
-    expected = "finite bf16, fp16 or fp32 weights"
-    raise FormatError(where=f"{path}.weight", expected=expected, got=got, do=do)
 
 
 def _refuse_unsuitable(model: nn.Module) -> None:
