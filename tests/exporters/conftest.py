@@ -9,7 +9,6 @@ from torch import nn
 
 from qerl_compile.formats.nvfp4 import dequantize, quantize_group
 
-torch.set_num_threads(1)
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 RECIPE_YAML = "version: 1\nquantize:\n- match: .*_proj\n"
 
