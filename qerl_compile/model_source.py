@@ -4,6 +4,7 @@ Only what is needed leaves the hub: JSON, safetensors, tokenizer text and templa
 a pickle, never Python. Network access happens only here, and only when the argument is no local directory.
 """
 
+import os
 import re
 from os import PathLike
 from pathlib import Path
@@ -30,11 +31,10 @@ def resolve_model(path_or_id: str | PathLike[str], *, revision: str | None = Non
     Raises:
         CheckpointError: neither a directory nor an id, no such repository, no permission, or no network.
     """
-    path = Path(path_or_id)
-    if path.is_dir():
+    path, text = Path(path_or_id), str(path_or_id)
+    if text and os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name of 5000 characters
         return path
-    text = str(path_or_id)
-    if path.exists():
+    if os.path.isfile(path):  # noqa: PTH113  # likewise
         refuse_checkpoint(
             text, "a model directory or a hub id", "a file", do="Pass the directory that holds config.json."
         )

@@ -34,7 +34,7 @@ from qerl_compile.errors import RecipeError
 from qerl_compile.recipe_errors import key_path, recipe_error
 from qerl_compile.recipe_fields import LoraRule, NoiseConfig, Part, QuantizeRule, TrainConfig
 from qerl_compile.recipe_yaml import MAX_BYTES, parse_yaml
-from qerl_compile.wording import nearest, shown
+from qerl_compile.wording import nearest, printable, shown
 
 __all__ = ["LoraRule", "NoiseConfig", "QuantizeRule", "Recipe", "TrainConfig", "builtin_names"]
 
@@ -108,7 +108,7 @@ class Recipe(Part):
                 raw = stream.read(MAX_BYTES + 1)  # parse_yaml refuses the byte too many, so nothing larger is read
         except (OSError, ValueError) as fault:  # ValueError: a NUL in the path
             raise RecipeError(
-                where=shown(os.fspath(file)),
+                where=printable(os.fspath(file)),
                 expected="a readable recipe file",
                 got=getattr(fault, "strerror", None) or str(fault),
                 do=f"Check the path, or use a built-in recipe: {', '.join(builtin_names())}.",

@@ -19,6 +19,7 @@ import codecs
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -204,7 +205,7 @@ def _entry(value: Any, file: Path, data_begin: int, where: str) -> TensorEntry:
         refuse_checkpoint(
             where, f"{size_bytes} bytes for {dtype} {shape}", f"{end - begin} (data_offsets {offsets})", do=do
         )
-    return TensorEntry(file, dtype, tuple(shape), data_begin + begin, data_begin + end)
+    return TensorEntry(file, sys.intern(dtype), tuple(shape), data_begin + begin, data_begin + end)
 
 
 def _is_naturals(value: Any) -> bool:

@@ -18,8 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from qerl_compile.errors import CheckpointError
-from qerl_compile.wording import shown
+from qerl_compile.wording import refuse_checkpoint, shown
 
 MAX_VALUES = 300_000
 
@@ -43,25 +42,28 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _refuse(where: str, expected: str, got: str) -> NoReturn:
-    raise CheckpointError(where=where, expected=expected, got=got, do="Fetch the file again from its source.") from None
+    refuse_checkpoint(where, expected, got, do="Fetch the file again from its source.")
 
 
-def parse_json(raw: bytes, *, where: str, encoding: str = "utf-8") -> Any:
+def parse_json(raw: bytes, *, where: str, encoding: str = "utf-8", max_values: int = MAX_VALUES) -> Any:
     """Parse one JSON document.
 
     Args:
         raw: the bytes; the caller has bounded their number.
         where: file name for errors.
         encoding: "utf-8", or "ascii" where names must be ASCII anyway (one emoji makes a text four times larger).
+        max_values: bound on the number of values of any kind in the document.
 
     Raises:
-        CheckpointError: not JSON, more than 300,000 values, nested too deep, or a key twice in one object.
+        CheckpointError: not JSON, too many values, nested too deep, or a key twice in one object.
     """
     count = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
-    if count > MAX_VALUES:
-        _refuse(where, f"at most {MAX_VALUES} JSON values", f"up to {count}")
+    if count > max_values:
+        _refuse(where, f"at most {max_values} JSON values", f"up to {count}")
     try:
-        return _DECODER.decode(raw.decode(encoding))
+        text = raw.decode(encoding)
+        del raw  # the caller passed its only reference, so that bytes, text and values are never there together
+        return _DECODER.decode(text)
     except _DuplicateKeyError as fault:
         _refuse(where, "each key once", str(fault))
     except RecursionError:

@@ -35,6 +35,11 @@ def listed(names: Collection[str]) -> str:
     return text if len(names) <= MAX_LISTED else f"{text} and {len(names) - MAX_LISTED} more"
 
 
+def printable(text: str) -> str:
+    """The text itself, or with escapes if it holds control characters or undecodable bytes of a file name."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
 def refuse_checkpoint(where: str, expected: str, got: str, *, do: str) -> NoReturn:
     """Raise a CheckpointError without the exception in whose handler it may be called: the message says it all."""
-    raise CheckpointError(where=where, expected=expected, got=got, do=do) from None
+    raise CheckpointError(where=printable(where), expected=expected, got=got, do=do) from None

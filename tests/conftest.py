@@ -1,0 +1,23 @@
+"""Settings for every test: no network, one thread (two busy cores make torch's barriers spin), small hypothesis runs.
+
+`QERL_FUZZ=100` multiplies the number of hypothesis examples by 100, for the long runs outside CI.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "qerl",
+    max_examples=50 * int(os.environ.get("QERL_FUZZ", "1")),
+    deadline=None,  # a shared machine; time is never asserted
+    derandomize="QERL_FUZZ" not in os.environ,  # CI repeats itself, long runs explore
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("qerl")
