@@ -97,7 +97,7 @@ class Recipe(Part):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a recipe from a YAML file of at most 1 MB.
+        """Read a recipe from a YAML file of at most 100 kB.
 
         Raises:
             RecipeError: unreadable, malformed, or invalid; the message starts with the file name.

@@ -73,8 +73,8 @@ def test_not_a_number_is_a_float() -> None:
         ("a\0b", "expected valid YAML"),
         ("\ud800", "expected valid YAML"),
         ("9" * 5000, "an integer of at most 100 digits; got 5000 characters"),
-        ("#" * 1_000_001, "at most 1000000 bytes of YAML; got 1000001 bytes"),
-        ("\u00e9" * 500_001, "got 1000002 bytes"),
+        ("#" * 100_001, "at most 100000 bytes of YAML; got 100001 bytes"),
+        ("\u00e9" * 50_001, "got 100002 bytes"),
     ],
 )
 def test_surprises_are_refused_with_line_and_column(text: str, words: str) -> None:
@@ -88,8 +88,8 @@ def test_32_levels_are_enough_and_allowed() -> None:
     assert value == []
 
 
-def test_a_million_brackets_do_not_reach_pythons_recursion_limit() -> None:
-    assert "at most 32 levels" in refusal("[" * 999_999)
+def test_ever_more_brackets_do_not_reach_pythons_recursion_limit() -> None:
+    assert "at most 32 levels" in refusal("[" * 99_999)
 
 
 def test_a_merge_key_is_a_key_like_any_other() -> None:
