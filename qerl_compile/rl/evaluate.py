@@ -1,0 +1,66 @@
+"""Greedy accuracy on held-out items, with the noise off.
+
+The released QeRL scripts evaluated without the adapter (design/method.md, trap 3). Here the model that is evaluated is the
+object that is trained; only its noise is silenced for the while, and drawn anew at the next step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qerl_compile.rl.answers import Extractor
+from qerl_compile.rl.prompts import PromptFormat
+from qerl_compile.rl.proportions import Proportion
+from qerl_compile.rl.rewards import AnswerReward
+from qerl_compile.rl.rollout import Rollout, Sampling, generate
+from qerl_compile.rl.tasks import Row, Task
+from qerl_compile.transform import resample_noise
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy with its interval, and what the model wrote."""
+
+    accuracy: Proportion
+    rollouts: tuple[Rollout, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers under the names that metrics.jsonl has."""
+        low, high = self.accuracy.interval
+        lengths = [len(rollout.completion_ids) for rollout in self.rollouts]
+        return {
+            "eval/accuracy": self.accuracy.rate,
+            "eval/accuracy_low": low,
+            "eval/accuracy_high": high,
+            "eval/items": self.accuracy.total,
+            "eval/mean_length": sum(lengths) / len(lengths),
+        }
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Row],
+    prompt: PromptFormat,
+    extractor: Extractor,
+    sampling: Sampling,
+) -> Evaluation:
+    """Answer each held-out row greedily and count the right answers.
+
+    Args:
+        model: a transformed model; its noise is zero afterwards.
+        tokenizer: of the model.
+        task: judges the answers.
+        rows: held-out rows.
+        prompt: how rows become prompts.
+        extractor: how the answer is found in a completion.
+        sampling: `temperature` must be 0.
+    """
+    resample_noise(model, 0.0)
+    prompts = [prompt.encode(tokenizer, row).ids for row in rows]
+    rollouts = generate(model, prompts, sampling)
+    texts = tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+    judge = AnswerReward(task, extractor).judge
+    correct = sum(judge(text, row) == 1.0 for text, row in zip(texts, rows, strict=True))
+    return Evaluation(Proportion(correct, len(rows)), tuple(rollouts))
