@@ -10,7 +10,10 @@ The ratio of a token is exp(new - old log-probability). Two guards keep a bad to
 Counts are sums over tokens, not means, so micro-batches of unequal length add up exactly.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 
@@ -19,7 +22,7 @@ MAX_LOG_RATIO = 10.0
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of a batch and how many were clipped; `sum(...)` over micro-batches gives a step's.
+    """Tokens of a batch and how many were clipped; `total` over micro-batches gives a step's.
 
     The counts stay int64 scalars on the loss's device until `metrics` is called, so that counting never waits for it.
 
@@ -39,6 +42,11 @@ class TokenCounts:
             self.clipped_low + other.clipped_low,
             self.clipped_high + other.clipped_high,
         )
+
+    @staticmethod
+    def total(parts: "Iterable[TokenCounts]") -> "TokenCounts":
+        """The counts of a step from those of its micro-batches, at least one."""
+        return reduce(add, parts)
 
     def __radd__(self, zero: int) -> "TokenCounts":
         """Lets `sum` begin at its 0."""

@@ -82,8 +82,8 @@ def load_function(path: Path, name: str) -> RewardFunction:
         raise TaskError(where=where, expected="a file that imports", got=got, do="Correct the file.") from error
     function: RewardFunction | None = getattr(module, name, None)
     if function is None or not callable(function):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        do = f"The file defines {', '.join(own) or 'no function'}."
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
+        do = f"The file defines {', '.join(own) or 'nothing'}."
         raise TaskError(where=where, expected="a function", got=repr(function), do=do)
     check_signature(function, where)
     return function
