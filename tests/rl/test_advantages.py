@@ -12,17 +12,15 @@ from qerl_compile.rl.advantages import group_advantages
 NAN = math.nan
 
 
-def close(actual: torch.Tensor, expected: list[float], **tolerance: float) -> None:
-    torch.testing.assert_close(
-        actual, torch.tensor(expected, dtype=actual.dtype), **(tolerance or {"rtol": 0, "atol": 1e-6})
-    )
+def close(actual: torch.Tensor, expected: list[float], rtol: float = 0.0, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), rtol=rtol, atol=atol)
 
 
 def test_two_of_four_right() -> None:
     # mean 1/2, sample deviation sqrt(4 * 1/4 / 3) = 1/sqrt(3) = 0.5773503; 0.5 / 0.5774503 = 0.8658754
     result = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), 4)
     close(result.advantages_N, [0.8658754, -0.8658754, -0.8658754, 0.8658754])
-    close(result.group_std_P, [0.5773503], rtol=0, atol=1e-7)
+    close(result.group_std_P, [0.5773503], atol=1e-7)
     assert result.advantages_N.dtype is torch.float32
 
 
