@@ -142,7 +142,7 @@ def _by_kind(expected: dict[str, list[Any]], got: dict[str, list[Any]]) -> dict[
 
 def main() -> int:
     """Compare, write results and fixture, and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Compare our export with llm-compressor's, byte by byte.")
     parser.add_argument("--llmc", help="python of the environment that has llm-compressor")
     parser.add_argument("--quantize", nargs=2, metavar=("IN", "OUT"), help="internal: run llm-compressor here")
     parser.add_argument("models", nargs="*", type=Path, help="further bf16 model directories")

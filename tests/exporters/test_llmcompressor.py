@@ -1,4 +1,4 @@
-"""Our export against the bytes that llm-compressor 0.14 wrote for the same models; oracle_llmcompressor.py kept them."""
+"""Our export against what llm-compressor 0.14 wrote for the same models; oracle_llmcompressor.py keeps the fixture."""
 
 import copy
 import json

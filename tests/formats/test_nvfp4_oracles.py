@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from qerl_compile.formats.nvfp4 import PackedNVFP4, dequantize, quantize, quantize_group, unpack
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # compressed-tensors always computes on the CPU
 
 
 def compressed_tensors_bytes(w_NK: torch.Tensor, group: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -28,13 +29,14 @@ def compressed_tensors_bytes(w_NK: torch.Tensor, group: list[torch.Tensor] | Non
 
 
 def assert_same_bytes(packed: PackedNVFP4, theirs: dict[str, torch.Tensor]) -> None:
-    assert torch.equal(packed.global_scale, theirs["weight_global_scale"])
+    assert torch.equal(packed.global_scale.cpu(), theirs["weight_global_scale"])
     assert theirs["weight_scale"].dtype == torch.float8_e4m3fn
-    assert torch.equal(packed.block_decode_scale_NG.view(torch.uint8), theirs["weight_scale"].view(torch.uint8))
-    assert torch.equal(packed.codes_NK2, theirs["weight_packed"])
+    assert torch.equal(packed.block_decode_scale_NG.view(torch.uint8).cpu(), theirs["weight_scale"].view(torch.uint8))
+    assert torch.equal(packed.codes_NK2.cpu(), theirs["weight_packed"])
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=150)
 @given(
     st.sampled_from(DTYPES),
     st.integers(1, 40),
@@ -43,7 +45,7 @@ def assert_same_bytes(packed: PackedNVFP4, theirs: dict[str, torch.Tensor]) -> N
     st.sampled_from(["normal", "outliers", "grid", "sparse"]),
     st.integers(0, 2**31),
 )
-def test_bytes_equal_compressed_tensors(dtype, n_rows, n_blocks, log2_std, kind, seed):
+def test_bytes_equal_compressed_tensors(device, dtype, n_rows, n_blocks, log2_std, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     w_NK = torch.randn(n_rows, 16 * n_blocks, generator=generator)
     if kind == "outliers":
@@ -56,16 +58,17 @@ def test_bytes_equal_compressed_tensors(dtype, n_rows, n_blocks, log2_std, kind,
         w_NK[:, :16] = 0.0
     w_NK = (w_NK * 2.0**log2_std).to(dtype)
     if w_NK.isfinite().all():
-        assert_same_bytes(quantize(w_NK), compressed_tensors_bytes(w_NK))
+        assert_same_bytes(quantize(w_NK.to(device)), compressed_tensors_bytes(w_NK))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bytes_equal_compressed_tensors_for_zeros_negative_zeros_subnormals_and_huge_weights(dtype):
+def test_bytes_equal_compressed_tensors_for_zeros_negative_zeros_subnormals_and_huge_weights(device, dtype):
     limits = torch.finfo(dtype)
     for fill in (0.0, -0.0, limits.smallest_normal, limits.smallest_normal / 8, -limits.tiny, limits.max / 4):
         w_NK = torch.full((2, 32), fill, dtype=dtype)
         w_NK[1, 3] = 0.0
-        assert_same_bytes(quantize(w_NK), compressed_tensors_bytes(w_NK))
+        assert_same_bytes(quantize(w_NK.to(device)), compressed_tensors_bytes(w_NK))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,15 +81,19 @@ def test_a_fused_group_equals_compressed_tensors_with_the_shared_range(dtype):
         assert_same_bytes(packed, compressed_tensors_bytes(weights[name], list(weights.values())))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compressed_tensors_decodes_our_bytes_to_our_numbers(dtype):
+def test_compressed_tensors_decodes_our_bytes_to_our_numbers(device, dtype):
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
     packed = quantize(torch.randn(64, 256, generator=torch.Generator().manual_seed(6)).to(dtype))
     codes = unpack_fp4_from_uint8(packed.codes_NK2, 64, 256, torch.float32)
     blocks = packed.block_decode_scale_NG.float() / packed.global_scale
     theirs = codes * blocks.repeat_interleave(16, dim=1)
-    torch.testing.assert_close(dequantize(packed, torch.float32), theirs, rtol=3e-7, atol=0)
+    there = PackedNVFP4(
+        *(part.to(device) for part in (packed.codes_NK2, packed.block_decode_scale_NG, packed.global_scale)), "divisor"
+    )
+    torch.testing.assert_close(dequantize(there, torch.float32).cpu(), theirs, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

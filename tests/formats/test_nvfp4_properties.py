@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qerl_compile.formats import nvfp4
-from qerl_compile.formats.nvfp4 import BLOCK, dequantize, quantize, unpack
+from qerl_compile.formats.nvfp4 import BLOCK, dequantize, exact_products, quantize, unpack
 
 SMALLEST_NORMAL_E4M3 = 2.0**-6
 
@@ -98,6 +99,34 @@ def test_negating_a_weight_flips_only_signs(w_NK):
     flipped = unpack(plain.codes_NK2) ^ (8 * (w_NK != 0)).to(torch.uint8)
     assert torch.equal(unpack(negated.codes_NK2), flipped)
     assert torch.equal(negated.block_decode_scale_NG.view(torch.uint8), plain.block_decode_scale_NG.view(torch.uint8))
+
+
+class LargestTemporary(TorchDispatchMode):
+    """Records the bytes of the largest tensor that any operator returns, and all dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest_bytes = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result._is_view():
+            self.largest_bytes = max(self.largest_bytes, result.numel() * result.itemsize)
+            self.dtypes.add(result.dtype)
+        return result
+
+
+def test_no_temporary_is_larger_than_a_chunk_and_no_index_wider_than_32_bits():
+    w_NK = torch.randn(1024, 2048).bfloat16()  # eight chunks
+    chunk_bytes = 4 * nvfp4.CPU_CHUNK_ELEMENTS
+    with LargestTemporary() as quantizing:
+        packed = quantize(w_NK)
+    assert quantizing.largest_bytes == max(chunk_bytes, packed.codes_NK2.numel())
+    with LargestTemporary() as decoding:
+        products_NK = exact_products(packed.codes_NK2, packed.block_decode_scale_NG, torch.bfloat16)
+    assert decoding.largest_bytes == products_NK.numel() * products_NK.itemsize
+    assert torch.int64 not in quantizing.dtypes | decoding.dtypes
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 100, 4096, 10**9])
