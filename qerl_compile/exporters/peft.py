@@ -40,7 +40,7 @@ def export_peft(
         shown_ranks = ", ".join(str(rank) for rank in sorted({each.rank for each in adapters.values()}))
         card = Card(
             title=f"LoRA adapter for {name}",
-            summary="A LoRA adapter trained by reinforcement learning with qerl-compile.",
+            summary="A LoRA adapter written by qerl-compile; it goes on top of the base model and is not merged.",
             facts={
                 "Adapted modules": str(len(adapters)),
                 "Rank": shown_ranks,
