@@ -57,6 +57,12 @@ def test_groups_without_signal_are_flagged_and_get_zero(scale) -> None:
     assert result.advantages_N[8:16].abs().min() > 0.4
 
 
+def test_equal_rewards_whose_mean_rounds_still_get_exactly_zero() -> None:
+    rewards = torch.tensor([0.1, 0.1, 0.1], dtype=torch.float64)
+    assert (rewards - rewards.sum() / 3).abs().max() > 0  # 0.1 + 0.1 + 0.1 is not 0.3
+    assert group_advantages(rewards, 3).advantages_N.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_rewards_that_do_not_apply_take_no_part() -> None:
     result = group_advantages(torch.tensor([1.0, NAN, 0.0, NAN] + [NAN] * 4 + [NAN, NAN, NAN, 1.0]), 4)
     # the first group is [1, 0]: deviation sqrt(1/2) = 0.7071068; 0.5 / 0.7072068 = 0.7070068

@@ -146,6 +146,11 @@ def test_far_ratios_are_bounded_on_both_sides() -> None:
     torch.testing.assert_close(ratio, torch.tensor([[math.exp(10.0), math.exp(-10.0)]]))
 
 
+def test_a_ratio_outside_the_mask_is_one() -> None:
+    logp, mask = torch.tensor([[math.nan, math.inf, -5.0, -1.0]]), torch.tensor([[False, False, False, True]])
+    assert token_ratio(logp, torch.zeros(1, 4), mask)[0, :3].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_bf16_log_probabilities_are_compared_in_fp32() -> None:
     logp = torch.tensor([[-1.0]], dtype=torch.bfloat16)
     result = dapo_loss(logp, torch.tensor([[-1.001]]), torch.ones(1), torch.ones(1, 1, dtype=torch.bool), 1)

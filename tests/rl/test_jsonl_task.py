@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from qerl_compile.errors import TaskError
-from qerl_compile.rl.tasks.jsonl import JsonlTask
+from qerl_compile.rl.tasks.jsonl import JsonlTask, read_row
 from qerl_compile.rl.tasks.task import parse_task
 
 # Rows of GSM8K (MIT licence): train lines 1 and 2 whole, test lines 2 and 3 shortened.
@@ -46,6 +46,11 @@ def test_gsm8k_rows_become_chat_prompts_with_the_number_as_answer(tmp_path: Path
     assert rows[1]["prompt"] == [{"role": "user", "content": GSM8K[0]["question"]}]
     assert rows[1]["solution"] == GSM8K[0]["answer"]
     assert sorted(row["answer"] for row in task.held_out()) == ["3", "70,000"]
+
+
+def test_what_follows_the_last_mark_is_the_answer(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "#### 5 is too few\n#### 6"}
+    assert read_row(json.dumps(row), "here")["answer"] == "6"
 
 
 def test_thousands_commas_and_decimals_compare_as_numbers(tmp_path: Path) -> None:

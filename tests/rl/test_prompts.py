@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from qerl_compile.errors import TaskError
 from qerl_compile.rl.prompts import PromptFormat, as_completion, end_token_ids, pad_token_id
@@ -72,6 +73,14 @@ def test_system_question_and_prefix_each_have_their_place(tokenizer) -> None:
 def test_a_text_prompt_gets_no_chat_template(tokenizer) -> None:
     row = {"prompt": "2 + 2", "answer": "4"}
     assert PromptFormat(assistant_prefix=" =").render(tokenizer, row) == ("2 + 2 =", True)
+
+
+def test_special_tokens_are_added_to_text_and_not_twice_to_a_rendered_chat(tokenizer) -> None:
+    begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    assert PromptFormat().encode(tokenizer, {"prompt": "2"}).ids[0] == 0
+    assert PromptFormat(chat=False).encode(tokenizer, ROW).ids[0] == 0
+    assert PromptFormat().encode(tokenizer, ROW).ids.count(0) == 0
 
 
 def test_without_chat_the_contents_are_joined(tokenizer) -> None:
