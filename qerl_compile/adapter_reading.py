@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qerl_compile.adapter_files import CONFIG, WEIGHTS, Adapter, adapters_of, weight_name
+from qerl_compile.adapter_files import CONFIG, WEIGHTS, adapters_of, weight_name
 from qerl_compile.checkpoint_config import read_bounded
 from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
 from qerl_compile.safetensors_header import TensorEntry, read_header
@@ -86,7 +86,7 @@ def read_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     factors: list[tuple[Tensor, Tensor, float]] = []
     with safe_open(weights, framework="pt") as file:
         for path, adapter in adapters.items():
-            ratio = _scaling(config, path, adapter, config_file) / (adapter.alpha / adapter.rank)
+            ratio = _scaling(config, path, adapter.rank, config_file) / (adapter.alpha / adapter.rank)
             for factor, own in (("lora_A", adapter.a_RK), ("lora_B", adapter.b_NR)):
                 name = weight_name(path, factor)
                 _check_entry(name, entries[name], own, rank_axis=0 if factor == "lora_A" else 1)
@@ -95,6 +95,27 @@ def read_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     with torch.no_grad():
         for own, loaded, ratio in factors:
             own.copy_(loaded if ratio == 1.0 else loaded * ratio)
+
+
+def adapter_ranks(directory: str | PathLike[str]) -> dict[str, tuple[int, float]]:
+    """Return {module path: (rank, alpha)} of an adapter's files, so that a model can be given the same adapters.
+
+    alpha is such that alpha / rank is the file's scaling, rsLoRA included.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapter is no plain LoRA.
+    """
+    weights, config_file = Path(directory, WEIGHTS), Path(directory, CONFIG)
+    config = _read_config(config_file)
+    prefix, suffix = weight_name("\0", "lora_A").split("\0")
+    ranks: dict[str, tuple[int, float]] = {}
+    for name, entry in read_header(weights).items():
+        if name.startswith(prefix) and name.endswith(suffix) and len(entry.shape) == 2:
+            path, rank = name[len(prefix) : -len(suffix)], entry.shape[0]
+            ranks[path] = (rank, _scaling(config, path, rank, config_file) * rank)
+    if not ranks:
+        refuse_checkpoint(str(weights), "LoRA factors of at least one module", "none", do="Load an adapter.")
+    return ranks
 
 
 def _check_entry(name: str, entry: TensorEntry, own: Tensor, *, rank_axis: int) -> None:
@@ -131,7 +152,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _scaling(config: dict[str, Any], path: str, adapter: Adapter, file: Path) -> float:
+def _scaling(config: dict[str, Any], path: str, rank: int, file: Path) -> float:
     """What the file's B·A is multiplied with at a module."""
     alpha = config.get("lora_alpha", 8)  # PEFT's default
     patterns = config.get("alpha_pattern") or {}
@@ -146,4 +167,4 @@ def _scaling(config: dict[str, Any], path: str, adapter: Adapter, file: Path) ->
             break
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         refuse_checkpoint(f"{file}: lora_alpha of {path}", "a finite number", shown(alpha), do="Mend the file.")
-    return alpha / (math.sqrt(adapter.rank) if config.get("use_rslora") else adapter.rank)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

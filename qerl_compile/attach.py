@@ -74,7 +74,7 @@ class Attacher:
 
     def _one_scale(self, group: tuple[str, ...]) -> bool:
         scales = [self.model.get_submodule(path).weight_global_scale for path in group]
-        return all(torch.equal(scale, scales[0]) for scale in scales)
+        return all(scale.is_meta or torch.equal(scale, scales[0]) for scale in scales)
 
 
 def link(model: nn.Module, plan: Plan) -> None:
@@ -123,9 +123,7 @@ class _RefuseEagerCall:
             )
 
 
-def _refuse_assign(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
-) -> None:
+def _refuse_assign(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
     if metadata.get("assign_to_params_buffers"):
         raise ModelError(
             where=prefix.removesuffix("."),

@@ -147,7 +147,10 @@ def check_inner(inner: str) -> str:
     """Return `inner`, or raise a RecipeError that lists the inner compilers."""
     if inner not in INNER:
         raise RecipeError(
-            where="inner", expected=f"one of {', '.join(INNER)}", got=repr(inner), do="Name an inner compiler of this list."
+            where="inner",
+            expected=f"one of {', '.join(INNER)}",
+            got=repr(inner),
+            do="Name an inner compiler of this list.",
         )
     return inner
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qerl_compile.adapter_reading import adapter_ranks, read_adapter
 from qerl_compile.attach import Attacher
 from qerl_compile.checkpoint_dir import CheckpointDirectory, open_checkpoint
 from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
@@ -29,6 +30,7 @@ from qerl_compile.errors import CheckpointError
 from qerl_compile.formats.nvfp4 import PackedNVFP4
 from qerl_compile.model import TransformState, become_qerl
 from qerl_compile.model_source import resolve_model
+from qerl_compile.passes import LoraSite
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
 from qerl_compile.transform import RecipeLike, check_options
@@ -72,15 +74,14 @@ def load(
     recipe = Recipe() if recipe is None else Recipe.resolve(recipe)
     root = model_directory(path_or_id)
     checkpoint = open_checkpoint(root, trust_remote_code=trust_remote_code)
-    device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     model = _empty_model(checkpoint, dtype)
     packed = _packed_modules(checkpoint)
     tied = _check_names(model, checkpoint, packed)
-    if adapter is not None:
-        from qerl_compile.adapter_files import adapter_rules
-
-        recipe = recipe.model_copy(update={"lora": adapter_rules(adapter)})
-    attacher = Attacher(model, make_plan(model, recipe, packed=packed), seed=seed)
+    adapters = None if adapter is None else _adapter_sites(adapter)
+    attacher = Attacher(model, make_plan(model, recipe, packed=packed, adapters=adapters), seed=seed)
     with torch.no_grad():
         _stream(model, checkpoint, attacher, device, tied)
         _move_buffers(model, device)
@@ -89,10 +90,13 @@ def load(
     model.eval()
     become_qerl(model, TransformState(recipe, plan, inner=inner, decode=decode, base_name=str(path_or_id)))
     if adapter is not None:
-        from qerl_compile.adapter_files import read_adapter
-
         read_adapter(model, adapter)
     return model
+
+
+def empty_model(path_or_id: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
+    """Build the model of a checkpoint without its weights: parameters are on the meta device."""
+    return _empty_model(open_checkpoint(model_directory(path_or_id)), dtype)
 
 
 def model_directory(path_or_id: str | PathLike[str]) -> Path:
@@ -104,11 +108,14 @@ def model_directory(path_or_id: str | PathLike[str]) -> Path:
     return resolve_model(path_or_id)
 
 
+def _adapter_sites(adapter: str | PathLike[str]) -> dict[str, LoraSite]:
+    return {path: LoraSite(rank, alpha) for path, (rank, alpha) in adapter_ranks(adapter).items()}
+
+
 def _empty_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> Any:
     """Build the model with parameters on meta and buffers (rotary frequencies) computed for real."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers import GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     _refuse_foreign_quantization(checkpoint)
     try:

@@ -65,13 +65,20 @@ class Plan:
         return (tuple(quantized), tuple(adapters), tuple(norms))
 
 
-def make_plan(model: nn.Module, recipe: Recipe, *, packed: frozenset[str] = frozenset()) -> Plan:
+def make_plan(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    packed: frozenset[str] = frozenset(),
+    adapters: Mapping[str, LoraSite] | None = None,
+) -> Plan:
     """Match the recipe against a model on any device, meta included.
 
     Args:
         model: with its weights still dense, or on meta.
         recipe: the rules.
         packed: linears that a checkpoint holds packed already; they are sites whatever the rules say.
+        adapters: adapters that exist already, in place of those that the lora rules describe.
 
     Raises:
         RecipeError: a rule selects nothing, or selects what cannot be rewritten.
@@ -89,11 +96,8 @@ def make_plan(model: nn.Module, recipe: Recipe, *, packed: frozenset[str] = froz
         if rule.format != "none":
             _check_packable(model, path, linears[path])
             quantize[path] = rule.format
-    lora = {
-        path: LoraSite(rank=rule.rank, alpha=rule.alpha)
-        for path, rule in _first_matches("lora", recipe.lora, usable, linears)
-        if rule.rank
-    }
+    lora = dict(adapters) if adapters is not None else _lora_sites(recipe, usable, linears)
+    _check_adapted(lora, usable)
     return Plan(
         layers=tuple(facts),
         quantize=quantize,
@@ -101,6 +105,22 @@ def make_plan(model: nn.Module, recipe: Recipe, *, packed: frozenset[str] = froz
         lora=lora,
         noise=_noise_sites(facts, recipe),
     )
+
+
+def _lora_sites(recipe: Recipe, usable: Sequence[str], linears: Mapping[str, nn.Module]) -> dict[str, LoraSite]:
+    matches = _first_matches("lora", recipe.lora, usable, linears)
+    return {path: LoraSite(rank=rule.rank, alpha=rule.alpha) for path, rule in matches if rule.rank}
+
+
+def _check_adapted(lora: Mapping[str, LoraSite], usable: Sequence[str]) -> None:
+    unknown = [path for path in lora if path not in usable]
+    if unknown:
+        raise RecipeError(
+            where=unknown[0],
+            expected="an adapter on a linear that the model calls",
+            got=f"an adapter on {len(unknown)} modules that it does not have as linears",
+            do="Load an adapter that was trained on this model.",
+        )
 
 
 class _Rule(Protocol):

@@ -82,9 +82,7 @@ class LayerFacts:
         def move(paths: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(new + path.removeprefix(old) for path in paths)
 
-        return replace(
-            self, linears=move(self.linears), groups=tuple(map(move, self.groups)), norms=move(self.norms)
-        )
+        return replace(self, linears=move(self.linears), groups=tuple(map(move, self.groups)), norms=move(self.norms))
 
 
 def layer_facts(program: Program) -> LayerFacts:
@@ -144,11 +142,7 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
             layer.compile(backend=_recorder(facts, path, names), fullgraph=True)
     torch._dynamo.reset()
     try:
-        with torch.no_grad():
-            # A ready 4-D mask: transformers decides about 2-D masks by looking at their values, which meta tensors lack.
-            mask = torch.ones(2, 1, 8, 8, dtype=torch.bool, device="meta")
-            ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
-            shadow(input_ids=ids, attention_mask=mask, use_cache=False)
+        run_on_meta(shadow)
     except torch._dynamo.exc.TorchDynamoException as fault:
         raise GraphError(
             where=type(model).__name__,
@@ -157,6 +151,15 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
             do="Report this model class; meanwhile torch.compile(model, backend='qerl') may work.",
         ) from fault
     return {path: facts[first[kind(layer)]].renamed(first[kind(layer)], path) for path, layer in layers.items()}
+
+
+def run_on_meta(model: nn.Module) -> None:
+    """Run a model whose parameters are on meta on two rows of eight tokens, so that its layers get captured."""
+    # A ready 4-D mask: transformers decides about 2-D masks by looking at their values, which meta tensors lack.
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool, device="meta")
+    ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 def _recorder(facts: dict[str, LayerFacts], path: str, names: dict[int, str]):  # noqa: ANN202  # a Dynamo backend

@@ -125,7 +125,10 @@ def _refuse_unsuitable(model: nn.Module) -> None:
     if isinstance(model, QerlModel):
         got, do = "a model that is transformed already", "Load the base model again, or train this one."
     elif not isinstance(model, PreTrainedModel):
-        got, do = f"a {type(model).__name__}", "Pass a transformers PreTrainedModel, such as AutoModelForCausalLM gives."
+        got, do = (
+            f"a {type(model).__name__}",
+            "Pass a transformers PreTrainedModel, such as AutoModelForCausalLM gives.",
+        )
     elif getattr(model.config, "quantization_config", None):
         got, do = "a model that another quantizer owns", "Load it dense, or give its directory to qerl_compile.load."
     elif any(p.device.type == "meta" for p in model.parameters()):

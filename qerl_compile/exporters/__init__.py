@@ -50,7 +50,16 @@ def export(
     Raises:
         ExportError: an unknown target, an existing `out_dir`, or a model that cannot be written so.
     """
+    check_target(target)
+    TARGETS[target](model, out_dir, tokenizer=tokenizer, base_name=base_name)
+
+
+def check_target(target: str) -> None:
+    """Refuse an unknown target before any work starts.
+
+    Raises:
+        ExportError: lists the known ones.
+    """
     if target not in TARGETS:
         known = ", ".join(sorted(TARGETS))
         raise ExportError(where="target", expected=f"one of {known}", got=repr(target), do="Choose one of these.")
-    TARGETS[target](model, out_dir, tokenizer=tokenizer, base_name=base_name)

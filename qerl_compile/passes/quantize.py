@@ -56,7 +56,9 @@ class Quantize:
             path = self._packed_path(node.args[1])
             if path is None:
                 continue
-            names = ("fused_packed", "fused_scale") if node.args[1].op != "get_attr" else ("weight_packed", "weight_scale")
+            names = (
+                ("fused_packed", "fused_scale") if node.args[1].op != "get_attr" else ("weight_packed", "weight_scale")
+            )
             bias = node.args[2] if len(node.args) > 2 else None
             weight = node.args[1]
             with program.replacing(node) as result:

@@ -210,7 +210,7 @@ class Trainer:
             "grad_norm": float(grad_norm),
             "learning_rate": rate,
             "entropy": float(flat[2].mean()),
-            **sum(part.counts for part in parts).metrics(),
+            **TokenCounts.total(part.counts for part in parts).metrics(),
             **mismatch_metrics(flat[0], flat[1], torch.ones_like(flat[0], dtype=torch.bool)),
             "update/rows": sum(part.rows for part in parts),
         }

@@ -48,10 +48,6 @@ class TokenCounts:
         """The counts of a step from those of its micro-batches, at least one."""
         return reduce(add, parts)
 
-    def __radd__(self, zero: int) -> "TokenCounts":
-        """Lets `sum` begin at its 0."""
-        return self if zero == 0 else NotImplemented
-
     def metrics(self) -> dict[str, float]:
         """TRL's clip metrics: shares of all tokens."""
         tokens, low, high = max(int(self.tokens), 1), int(self.clipped_low), int(self.clipped_high)

@@ -1,0 +1,45 @@
+"""`qerl-compile diff MODEL`: what each pass does to the graph of a decoder layer, as a coloured diff."""
+
+from typing import Annotated
+
+import typer
+
+from qerl_compile.cli.options import Model, RecipeName, Sets
+
+Layer = Annotated[int, typer.Option(min=0, help="Which decoder layer.")]
+Context = Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")]
+Pass = Annotated[str | None, typer.Option("--pass", help="Only this pass: noise, lora, fuse, quantize or recompute.")]
+
+COLOURS = {"+": "green", "-": "red", "@": "cyan"}
+
+
+def diff(
+    model: Model,
+    recipe: RecipeName = "qerl-nvfp4-aqn",
+    set_: Sets = [],  # noqa: B006  # typer wants a list literal
+    layer: Layer = 0,
+    context: Context = 0,
+    pass_: Pass = None,
+) -> None:
+    """Show the graph of one decoder layer before and after each pass. No weight is read."""
+    from qerl_compile.cli.console import quiet_libraries, stdout
+
+    quiet_libraries()
+    from qerl_compile.graphdiff import diff as difference
+    from qerl_compile.inspection import layer_stages
+    from qerl_compile.loading import empty_model
+    from qerl_compile.recipe import Recipe
+
+    rules = Recipe.resolve(recipe).with_overrides(set_)
+    stages = layer_stages(empty_model(model), rules, layer)
+    for (_, before), (name, after) in zip(stages, stages[1:], strict=False):
+        if pass_ not in (None, name):
+            continue
+        lines = difference(before, after, context=context)
+        added, removed = (sum(line.startswith(sign) for line in lines) for sign in "+-")
+        stdout().print(f"[bold]{name}[/]  [green]+{added}[/] [red]-{removed}[/]")
+        for line in lines:
+            style = COLOURS.get(line[:1], "dim")
+            stdout().print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    stdout().print(f"[dim]{model}, layer {layer}, recipe {rules.name}; nothing was written[/]")
+    stdout().print(f"[bold]next[/]  qerl-compile transform {model} --recipe {recipe} -o DIR", highlight=False)

@@ -1,0 +1,52 @@
+"""`qerl-compile generate MODEL|RUN PROMPT…`: hear a model speak, with its adapter if it is a run."""
+
+from typing import Annotated
+
+import typer
+
+from qerl_compile.cli.options import Device, Inner, Model
+
+Prompts = Annotated[list[str], typer.Argument(help="User messages, one completion each.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Longest completion.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+System = Annotated[str | None, typer.Option(help="System message.")]
+Prefix = Annotated[str | None, typer.Option(help="Text that begins the answer.")]
+Seed = Annotated[int, typer.Option(help="Of sampling.")]
+
+
+def generate(
+    model: Model,
+    prompt: Prompts,
+    max_new_tokens: Tokens = 64,
+    temperature: Temperature = 0.0,
+    system: System = None,
+    assistant_prefix: Prefix = None,
+    seed: Seed = 0,
+    inner: Inner = "eager",
+    device: Device = None,
+) -> None:
+    """Generate completions from a model, a packed directory, or a training run."""
+    from qerl_compile.cli.console import quiet_libraries, stdout
+
+    quiet_libraries()
+    from qerl_compile.cli.runs import open_model
+    from qerl_compile.rl.prompts import PromptFormat, end_token_ids, pad_token_id
+    from qerl_compile.rl.rollout import Sampling
+    from qerl_compile.rl.rollout import generate as sample
+
+    policy, tokenizer, name = open_model(model, inner=inner, device=device)
+    prefix = None if assistant_prefix is None else assistant_prefix.replace("{", "{{").replace("}", "}}")
+    layout = PromptFormat(system=system, assistant_prefix=prefix, chat=bool(tokenizer.chat_template))
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in prompt]
+    ids = [layout.encode(tokenizer, row).ids for row in rows]
+    ends, pad = end_token_ids(tokenizer, policy.generation_config), pad_token_id(tokenizer, policy.generation_config)
+    rollouts = sample(policy, ids, Sampling(max_new_tokens, ends, pad, temperature), seed=(seed, "generate"))
+    for text, rollout in zip(prompt, rollouts, strict=True):
+        answer = tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True)
+        stdout().print(f"[bold cyan]{'user':>9}[/] ", end="")
+        stdout().print(text, markup=False, highlight=False)
+        stdout().print("[bold magenta]assistant[/] ", end="")
+        stdout().print((assistant_prefix or "") + answer, markup=False, highlight=False)
+    tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+    stdout().print(f"[dim]{tokens} tokens from {name}; nothing was written[/]")
+    stdout().print(f"[bold]next[/]  qerl-compile export {model} --target vllm -o OUT", highlight=False)

