@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+sys.path.insert(0, str(REPOSITORY))
 os.environ["HF_HUB_OFFLINE"] = "1"  # a hub id that does not exist must fail the same way everywhere
 
 import torch
-from attacks import directories, headers, indexes  # noqa: F401  # importing registers their attacks
-from attacks.making import ATTACKS
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -31,6 +29,8 @@ from qerl_compile.errors import QerlError
 from qerl_compile.loading import load
 from qerl_compile.recipe import Recipe
 from qerl_compile.transform import transform
+from tests.attacks import directories, headers, indexes  # noqa: F401  # importing registers their attacks
+from tests.attacks.making import ATTACKS
 
 PROJECTIONS = r"(.*\.)?layers\.\d+\.(.*\.)?\w+_proj"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qerl_compile.wording import MAX_LISTED, nearest, refuse_checkpoint, shown
 
-_CHUNK_ELEMENTS = 1 << 22  # bounds the boolean temporary to 4 MB
+_CHUNK_ELEMENTS = 1 << 22  # bounds the temporaries of the search for the bad ones
 
 
 def compare_names(
@@ -72,26 +72,29 @@ def finite_or_raise(name: str, tensor: Tensor, file: Path | str) -> Tensor:
     Raises:
         CheckpointError: names the tensor, the file, the first bad element and how many there are.
     """
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.numel() == 0 or _all_finite(tensor):
         return tensor
     flat_E = tensor.detach().reshape(-1)
     bad_count, first_bad = 0, -1
     for begin in range(0, flat_E.numel(), _CHUNK_ELEMENTS):
-        chunk_E = flat_E[begin : begin + _CHUNK_ELEMENTS]
-        finite_E = _finite(chunk_E)
-        if not bool(finite_E.all()):
-            if bad_count == 0:
-                first_bad = begin + int((~finite_E).nonzero()[0])
-            bad_count += int((~finite_E).sum())
-    if bad_count:
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first_bad), tensor.shape))
-        refuse_checkpoint(
-            f"{file}: tensor {shown(name)}",
-            "finite numbers",
-            f"{float(flat_E[first_bad])} at {list(index)}, {bad_count} of {flat_E.numel()} elements not finite",
-            do="Do not use this checkpoint; the run that wrote it had diverged, or the file is damaged.",
-        )
-    return tensor
+        bad_E = (~_finite(flat_E[begin : begin + _CHUNK_ELEMENTS])).nonzero()
+        if bad_count == 0 and len(bad_E):
+            first_bad = begin + int(bad_E[0])
+        bad_count += len(bad_E)
+    index = [int(i) for i in torch.unravel_index(torch.tensor(first_bad), tensor.shape)]
+    refuse_checkpoint(
+        f"{file}: tensor {shown(name)}",
+        "finite numbers",
+        f"{float(flat_E[first_bad])} at {index}, {bad_count} of {flat_E.numel()} elements not finite",
+        do="Do not use this checkpoint; the run that wrote it had diverged, or the file is damaged.",
+    )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.float8_e4m3fn:
+        return bool(_finite(tensor).all())
+    # aminmax hands NaN through and reads without a temporary: 18 GB/s for bf16 on one core, isfinite().all() 0.4 GB/s.
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.detach()))
 
 
 def _finite(values_E: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from attacks import directories, headers, indexes  # noqa: F401  # importing registers their attacks
-from attacks.making import ATTACKS, CONFIG, dumped, entry, healthy, healthy_sharded, hub_cache, with_header
 from safetensors.torch import save_file
 
 from qerl_compile.checkpoint_dir import open_checkpoint
 from qerl_compile.errors import CheckpointError
+from tests.attacks import directories, headers, indexes  # noqa: F401  # importing registers their attacks
+from tests.attacks.making import ATTACKS, CONFIG, dumped, entry, healthy, healthy_sharded, hub_cache, with_header
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -8,15 +8,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from attacks.judge import judged
-from attacks.making import healthy, packed, with_header, with_shard
-from attacks.mutate import mutated_directory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qerl_compile.checkpoint_dir import CheckpointDirectory
 from qerl_compile.errors import CheckpointError
 from qerl_compile.strict_json import members, parse_json
+from tests.attacks.judge import judged
+from tests.attacks.making import healthy, packed, with_header, with_shard
+from tests.attacks.mutate import mutated_directory
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -53,6 +53,19 @@ def test_a_bad_element_is_found_in_every_dtype(dtype: torch.dtype, bad: float) -
         finite_or_raise("w", values, "model.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_bad_element_is_found_at_every_position_whatever_the_vector_width(dtype: torch.dtype) -> None:
+    for count in (1, 7, 16, 33, 130):
+        for at in range(count):
+            for bad in (float("nan"), float("-inf")):
+                values = torch.linspace(-3, 3, count).to(dtype)
+                values[at] = bad
+                with pytest.raises(CheckpointError, match=rf"at \[{at}\], 1 of {count} "):
+                    finite_or_raise("w", values, "f")
+                with pytest.raises(CheckpointError, match=rf"at \[{at}, 0\], 1 of {count} "):
+                    finite_or_raise("w", values.repeat(2, 1).t()[:, :1], "f")  # not contiguous
+
+
 def test_of_all_256_codes_of_e4m3_only_0x7f_and_0xff_are_not_finite() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     finite_or_raise("w", codes[(codes & 0x7F) != 0x7F].view(torch.float8_e4m3fn), "f")

@@ -4,10 +4,10 @@ import fnmatch
 from pathlib import Path
 
 import pytest
-from attacks.making import healthy, hub_cache
 
 from qerl_compile.errors import CheckpointError
 from qerl_compile.model_source import ALLOWED_PATTERNS, IGNORED_PATTERNS, resolve_model
+from tests.attacks.making import healthy, hub_cache
 
 
 def refusal(path_or_id: str | Path) -> str:

@@ -5,12 +5,12 @@ import random
 import tempfile
 from pathlib import Path
 
-from attacks.mutate import mutated_bytes, mutated_value
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qerl_compile.errors import RecipeError
 from qerl_compile.recipe import Recipe
+from tests.attacks.mutate import mutated_bytes, mutated_value
 
 KEYS = st.sampled_from(
     ["version", "name", "quantize", "lora", "noise", "train", "match", "rank", "steps", "betas", "x"]

@@ -1,12 +1,9 @@
-"""Attacks by what lies in the directory and what its configs say. Run as a script, writes all attacks to a folder."""
+"""Attacks by what lies in the directory and what its configs say."""
 
-# ruff: noqa: T201  # a script, too
-import json
 import os
-import sys
 from pathlib import Path
 
-from attacks.making import ATTACKS, CONFIG, attack, dumped, healthy, hub_cache
+from tests.attacks.making import CONFIG, attack, dumped, healthy, hub_cache
 
 PICKLE = b"cos\nsystem\n(S'echo owned'\ntR."
 
@@ -113,6 +110,14 @@ def a_file_is_a_link_to_nothing(root: Path) -> Path:
 @attack("model.safetensors", "links that stay")
 def the_shard_is_a_link_to_outside(root: Path) -> Path:
     outside, inside = healthy(root / "outside"), healthy(root / "inside")
+    (inside / "model.safetensors").unlink()
+    (inside / "model.safetensors").symlink_to(outside / "model.safetensors")
+    return inside
+
+
+@attack("model.safetensors", "links that stay")
+def a_link_to_a_sibling_whose_name_begins_alike(root: Path) -> Path:
+    outside, inside = healthy(root / "inside-too"), healthy(root / "inside")
     (inside / "model.safetensors").unlink()
     (inside / "model.safetensors").symlink_to(outside / "model.safetensors")
     return inside
@@ -255,19 +260,3 @@ def ten_thousand_files(root: Path) -> Path:
     for number in range(10_000):
         (root / f"{number}.txt").touch()
     return root
-
-
-def write_all(out: Path) -> None:
-    """Write every attack to a folder of its own and print where, with the words its refusal must hold."""
-    from attacks import headers, indexes  # noqa: F401  # registers theirs
-
-    for name, each in ATTACKS.items():
-        (out / name).mkdir(parents=True)
-        print(json.dumps({"attack": name, "open": str(each.build(out / name)), "refusal": each.words}))
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    from attacks import directories  # this file again, under the name that the others import
-
-    directories.write_all(Path(sys.argv[1]))

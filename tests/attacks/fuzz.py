@@ -17,13 +17,12 @@ from collections import Counter
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-
-from attacks.judge import judged
-from attacks.making import healthy
-from attacks.mutate import mutated_directory
+sys.path.insert(0, str(REPOSITORY))
 
 from qerl_compile.errors import CheckpointError
+from tests.attacks.judge import judged
+from tests.attacks.making import healthy
+from tests.attacks.mutate import mutated_directory
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from attacks.making import attack, dumped, entry, healthy, packed, two_tensors, with_header, with_shard
+from tests.attacks.making import attack, dumped, entry, healthy, packed, two_tensors, with_header, with_shard
 
 
 @attack("at least 8 bytes", "0 bytes")
@@ -190,6 +190,11 @@ def _entry(root: Path, value: object, data_bytes: int = 32) -> Path:
 @attack("tensor 'a.weight'", "32 bytes for BF16 [4, 4]", "30")
 def fewer_bytes_than_the_shape_needs(root: Path) -> Path:
     return _entry(root, entry("BF16", [4, 4], 0, 30), data_bytes=30)
+
+
+@attack("tensor 'a.weight'", "32 bytes for BF16 [4, 4]", "40")
+def more_bytes_than_the_shape_needs(root: Path) -> Path:
+    return _entry(root, entry("BF16", [4, 4], 0, 40), data_bytes=40)
 
 
 @attack("tensor 'a.weight'", "a dtype out of", "'F4'")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from attacks.making import attack, dumped, entry, healthy, healthy_sharded, packed, write_index
+from tests.attacks.making import attack, dumped, entry, healthy, healthy_sharded, packed, write_index
 
 
 @attack("model.safetensors or model.safetensors.index.json", "neither")

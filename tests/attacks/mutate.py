@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from attacks.making import CONFIG, entry, healthy_sharded, packed
+from tests.attacks.making import CONFIG, entry, healthy_sharded, packed
 
 NAMES = ["a.weight", "b.weight", "__metadata__", "", "..", "../a", "a/b", "a\0", "\u00e9", "x" * 600, "a" * 4096]
 SHARDS = [
