@@ -1,8 +1,9 @@
 """Operators on packed weights (ops.py) and the kernels that run under them on each device.
 
 Importing this package registers the `qerl::` operators with torch, so that graphs that name them can be loaded and run.
+Nothing is compiled here: the CPU kernel is built, and Triton is imported, when an operator first runs.
 """
 
-from qerl_compile.kernels import ops
+from qerl_compile.kernels import cpu, ops
 
-__all__ = ["ops"]
+__all__ = ["cpu", "ops"]
