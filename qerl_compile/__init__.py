@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qerl_compile.exporters import export
     from qerl_compile.loading import load
     from qerl_compile.recipe import Recipe
-    from qerl_compile.transform import resample_noise, transform
+    from qerl_compile.transforming import resample_noise, transform
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "export", "load", "resample_noise", "transform"]
@@ -22,8 +22,8 @@ _HOMES = {
     "Recipe": "qerl_compile.recipe",
     "export": "qerl_compile.exporters",
     "load": "qerl_compile.loading",
-    "resample_noise": "qerl_compile.transform",
-    "transform": "qerl_compile.transform",
+    "resample_noise": "qerl_compile.transforming",
+    "transform": "qerl_compile.transforming",
 }
 
 

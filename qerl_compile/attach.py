@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qerl_compile.errors import GraphError, ModelError
 from qerl_compile.formats.nvfp4 import PackedNVFP4, quantize_group
-from qerl_compile.graph import set_owner
+from qerl_compile.graph import clear_owner, held_tensor, set_owner
 from qerl_compile.passes import LoRA, Noise, Quantize
 from qerl_compile.passes.quantize import add_ghost, derived_decode_scale, share_storage
 from qerl_compile.plan import Plan
@@ -30,6 +30,7 @@ class Attacher:
     def __init__(self, model: nn.Module, plan: Plan, *, seed: int = 0) -> None:
         self.model, self.plan, self.seed = model, plan, seed
         self._waiting: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def weight(self, path: str, weight: Tensor, *, dtype: torch.dtype | None = None) -> None:
         """Take the dense weight [N, K] of the quantize site `path`; keep no reference once its group is packed.
@@ -39,15 +40,13 @@ class Attacher:
             weight: in the dtype of the checkpoint, which decides the bytes.
             dtype: what the model computes in; None is the weight's own.
         """
-        module = self.model.get_submodule(path)
-        module.dense_dtype = dtype or weight.dtype
+        self._dtypes[path] = dtype or weight.dtype
         self._waiting[path] = weight
         group = self.plan.group_of(path)
         if all(member in self._waiting for member in group):
             weights = {member: self._waiting.pop(member) for member in group}
             for member, packed in quantize_group(weights).items():
-                owner = self.model.get_submodule(member)
-                Quantize.state(owner, packed, owner.dense_dtype)
+                self.packed(member, packed, self._dtypes.pop(member))
 
     def packed(self, path: str, packed: PackedNVFP4, dtype: torch.dtype) -> None:
         """Take an already packed weight; `dtype` is what the model computes in."""
@@ -63,17 +62,17 @@ class Attacher:
         generator = torch.Generator().manual_seed(self.seed)
         for path, site in plan.lora.items():
             module = self.model.get_submodule(path)
-            LoRA.state(module, module.weight, site, generator)
+            LoRA.state(module, held_tensor(module, "weight"), site, generator)
         for path in plan.noise:
             module = self.model.get_submodule(path)
-            Noise.state(module, module.weight)
+            Noise.state(module, held_tensor(module, "weight"))
         for path in plan.quantize:
             guard(self.model.get_submodule(path), path)
         link(self.model, plan)
         return plan
 
     def _one_scale(self, group: tuple[str, ...]) -> bool:
-        scales = [self.model.get_submodule(path).weight_global_scale for path in group]
+        scales = [self.model.get_submodule(path).get_buffer("weight_global_scale") for path in group]
         return all(scale.is_meta or torch.equal(scale, scales[0]) for scale in scales)
 
 
@@ -85,14 +84,13 @@ def link(model: nn.Module, plan: Plan) -> None:
         share_storage([model.get_submodule(path) for path in group])
     for path in {*plan.quantize, *plan.lora, *plan.noise}:
         module = model.get_submodule(path)
-        set_owner(module.weight, module)
+        set_owner(held_tensor(module, "weight"), module)
 
 
 def unlink(model: nn.Module, plan: Plan) -> None:
     """Drop every derived tensor and owner mark; the model cannot run until `link`."""
     for path in {*plan.quantize, *plan.lora, *plan.noise}:
-        module = model.get_submodule(path)
-        module.weight.__dict__.pop("qerl_owner", None)
+        clear_owner(held_tensor(model.get_submodule(path), "weight"))
     for path in plan.quantize:
         module = model.get_submodule(path)
         for derived in ("weight", "decode_scale", "fused_packed", "fused_scale"):
@@ -134,4 +132,4 @@ def _refuse_assign(module: nn.Module, state: dict[str, Any], prefix: str, metada
 
 
 def _refresh(module: nn.Module, _: Any) -> None:
-    module.decode_scale.copy_(derived_decode_scale(module))
+    module.get_buffer("decode_scale").copy_(derived_decode_scale(module))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext
 
 from qerl_compile.errors import RecipeError
 from qerl_compile.graph import Program, bind, gather, unlift
@@ -74,7 +75,7 @@ def lower(gm: fx.GraphModule, program: Program, example_inputs: Sequence[Any], i
         compiled = module.forward
     else:
         known = {id(value) for value in example_inputs}
-        fake_mode = torch._guards.TracingContext.get().fake_mode
+        fake_mode = TracingContext.get().fake_mode
         # Tensors that Dynamo has not seen would get symbolic sizes without a source; they enter as static fakes.
         inputs = [
             value
@@ -102,7 +103,7 @@ def _source_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int
         if grapharg is None or grapharg.source is None:
             continue
         source = grapharg.source.name
-        text = source() if callable(source) else source
+        text = str(source() if callable(source) else source)
         if "_parameters[" in text and isinstance(value, Tensor):
             names[id(value)] = ".".join(_MODULE_STEP.findall(text.partition("._modules")[2] or text))
     return names

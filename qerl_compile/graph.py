@@ -30,7 +30,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from qerl_compile.errors import GraphError
 
-LINEAR = torch._C._nn.linear
+LINEAR = nn.functional.linear
 """What `nn.functional.linear` is called in a Dynamo graph: one node per projection, `linear(x, weight, bias)`."""
 
 Feed = tuple[int, str | None]
@@ -40,6 +40,11 @@ Feed = tuple[int, str | None]
 def set_owner(tensor: Tensor, module: nn.Module) -> None:
     """Let `tensor` know the module that holds it, so that a bound graph finds the module's other tensors."""
     tensor.qerl_owner = module  # pyright: ignore[reportAttributeAccessIssue]  # Tensors take Python attributes
+
+
+def clear_owner(tensor: Tensor) -> None:
+    """Undo `set_owner`."""
+    vars(tensor).pop("qerl_owner", None)
 
 
 def owner_of(tensor: Tensor) -> nn.Module | None:
@@ -61,6 +66,14 @@ def leaf_tensor(module: nn.Module, leaf: str) -> Tensor | None:
     """Return the parameter or buffer that `module` itself holds under `leaf`, or None."""
     tensor = module._parameters.get(leaf)
     return tensor if tensor is not None else module._buffers.get(leaf)
+
+
+def held_tensor(module: nn.Module, leaf: str) -> Tensor:
+    """Return the parameter or buffer that `module` itself holds under `leaf`, which must be there."""
+    tensor = leaf_tensor(module, leaf)
+    if tensor is None:
+        raise AttributeError(f"{type(module).__name__} holds no tensor named {leaf!r}")
+    return tensor
 
 
 @dataclass
@@ -231,7 +244,5 @@ def gather(feeds: Sequence[Feed], args: Sequence[Any]) -> list[Any]:
         if leaf is None:
             values.append(args[index])
             continue
-        owner = args[index].qerl_owner
-        tensor = owner._parameters.get(leaf)
-        values.append(tensor if tensor is not None else owner._buffers[leaf])
+        values.append(held_tensor(args[index].qerl_owner, leaf))
     return values

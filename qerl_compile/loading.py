@@ -26,14 +26,14 @@ from qerl_compile.adapter_reading import adapter_ranks, read_adapter
 from qerl_compile.attach import Attacher
 from qerl_compile.checkpoint_dir import CheckpointDirectory, open_checkpoint
 from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
-from qerl_compile.errors import CheckpointError
+from qerl_compile.errors import CheckpointError, ModelError
 from qerl_compile.formats.nvfp4 import PackedNVFP4
 from qerl_compile.model import TransformState, become_qerl
 from qerl_compile.model_source import resolve_model
 from qerl_compile.passes import LoraSite
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
-from qerl_compile.transform import RecipeLike, check_options
+from qerl_compile.transforming import RecipeLike, check_options
 
 PACKED = ("weight_packed", "weight_scale", "weight_global_scale")
 
@@ -68,15 +68,14 @@ def load(
 
     Raises:
         CheckpointError: the directory is damaged, hostile or does not fit its config.
+        ModelError: torch cannot use the device.
         RecipeError, FormatError, GraphError: as `transform`.
     """
     check_options(inner, decode)
     recipe = Recipe() if recipe is None else Recipe.resolve(recipe)
     root = model_directory(path_or_id)
     checkpoint = open_checkpoint(root, trust_remote_code=trust_remote_code)
-    device = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    device = usable_device(device)
     model = _empty_model(checkpoint, dtype)
     packed = _packed_modules(checkpoint)
     tied = _check_names(model, checkpoint, packed)
@@ -88,7 +87,8 @@ def load(
     model.tie_weights()
     plan = attacher.finish()
     model.eval()
-    become_qerl(model, TransformState(recipe, plan, inner=inner, decode=decode, base_name=str(path_or_id)))
+    state = TransformState(recipe, plan, inner, decode, recipe.train.recompute, base_name=str(path_or_id))
+    become_qerl(model, state)
     if adapter is not None:
         read_adapter(model, adapter)
     return model
@@ -106,6 +106,25 @@ def model_directory(path_or_id: str | PathLike[str]) -> Path:
 
         return smollm2_directory()
     return resolve_model(path_or_id)
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Return the device that was asked for, or CUDA if there is one, else the CPU.
+
+    Raises:
+        ModelError: torch cannot use it here.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as fault:  # a torch without CUDA asserts
+        raise ModelError(
+            where="device",
+            expected="a device that torch can use here",
+            got=f"{str(device)!r}: {str(fault).splitlines()[0]}",
+            do="Leave it out, or use cpu.",
+        ) from None
+    return chosen
 
 
 def _adapter_sites(adapter: str | PathLike[str]) -> dict[str, LoraSite]:

@@ -17,7 +17,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ def become_qerl(model: nn.Module, state: TransformState) -> None:
     cls = type(model)
     model.__class__ = _subclass(cls)
     model.__dict__["qerl"] = state
-    model.compile_graphs()
+    cast(QerlModel, model).compile_graphs()
 
 
 @functools.cache

@@ -170,10 +170,7 @@ class TrainConfig(Part):
     """Steps between greedy evaluations with noise off; 0 evaluates only before and after training."""
 
     eval_size: Count = 128
-    """Number of held-out items in each evaluation."""
-
-    eval_seed: Seed = Field(default=999_983, validate_default=True)
-    """Seed of the held-out items; must differ from `seed`, else the model is examined on what it trained on."""
+    """Number of held-out items in each evaluation. Which items are held out depends on their text, not on a seed."""
 
     rollout_batch: Count = 64
     """Most sequences generated together in one batch."""
@@ -184,9 +181,5 @@ class TrainConfig(Part):
     The logits dominate: 4096 tokens x 152k vocabulary x 4 bytes = 2.5 GB.
     """
 
-    @field_validator("eval_seed")
-    @classmethod
-    def _held_out(cls, eval_seed: int, info: ValidationInfo) -> int:
-        if info.data.get("seed") == eval_seed:
-            raise ValueError(f"an eval_seed that differs from seed, so that eval items are held out; {eval_seed} twice")
-        return eval_seed
+    recompute: Flag = False
+    """Recompute activations in the backward pass: saves memory, costs a third more compute."""

@@ -131,6 +131,8 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
     Raises:
         GraphError: Dynamo cannot capture a layer in one graph.
     """
+    from torch._dynamo.exc import TorchDynamoException
+
     shadow = skeleton(model).eval()
     layers = decoder_layers(shadow)
     names = {id(t): name for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]}
@@ -143,7 +145,7 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
     torch._dynamo.reset()
     try:
         run_on_meta(shadow)
-    except torch._dynamo.exc.TorchDynamoException as fault:
+    except TorchDynamoException as fault:
         raise GraphError(
             where=type(model).__name__,
             expected="decoder layers that torch.compile captures in one graph each",

@@ -172,7 +172,7 @@ RULE = "match: .*"
         ("train: {betas: [0.9, 0.9, 0.9]}", "train.betas: expected 2 items at most"),
         ("train: {betas: [0.9, 1.0]}", "train.betas[1]: expected a number < 1.0; got 1.0"),
         ("train: {group_size: 1}", "train.group_size: expected a number >= 2; got 1"),
-        ("train: {seed: 999983}", "an eval_seed that differs from seed"),
+        ("train: {recompute: 1}", "train.recompute: expected true or false; got 1"),
         ("train: null", "train: expected a mapping of keys; got None"),
         ("name: ''", "name: expected a text of 1 characters or more; got ''"),
         ("name: no\nversion: 1", "each key once in a mapping; got 'version' again (first on line 1)"),

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from qerl_compile.errors import FormatError, GraphError, ModelError, RecipeError
+from qerl_compile.loading import load
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
-from qerl_compile.transform import resample_noise, transform
+from qerl_compile.transforming import resample_noise, transform
 from tests.models import FAMILIES, dequantized_oracle, tiny_model
 
 TOKENS_BT = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -243,6 +244,22 @@ def test_recompute_keeps_gradients_and_is_what_gradient_checkpointing_switches_o
     for name, parameter in model.named_parameters():
         if name in want:
             torch.testing.assert_close(parameter.grad, want[name], rtol=1e-5, atol=1e-8)
+
+
+def test_recompute_is_switched_on_by_the_recipe(tmp_path):
+    recipe = Recipe.named("nvfp4-lora")
+    saving = recipe.with_overrides(["train.recompute=true"])
+    plain, saver = (transform(tiny_model("llama"), each, inner="aot_eager") for each in (recipe, saving))
+    assert _saved_bytes(saver) < 0.6 * _saved_bytes(plain)
+    tiny_model("llama", layers=1).save_pretrained(tmp_path)
+    assert [load(tmp_path, each, inner="eager").qerl.recompute for each in (recipe, saving)] == [False, True]
+
+
+def test_a_device_that_is_not_there_is_refused_before_loading(tmp_path):
+    tiny_model("llama", layers=1).save_pretrained(tmp_path)
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(ModelError, match=f"device: expected a device that torch can use here; got '{device}'"):
+            load(tmp_path, None, device=device)
 
 
 def _saved_bytes(model):

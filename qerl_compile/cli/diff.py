@@ -1,5 +1,6 @@
 """`qerl-compile diff MODEL`: what each pass does to the graph of a decoder layer, as a coloured diff."""
 
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -32,7 +33,7 @@ def diff(
 
     rules = Recipe.resolve(recipe).with_overrides(set_)
     stages = layer_stages(empty_model(model), rules, layer)
-    for (_, before), (name, after) in zip(stages, stages[1:], strict=False):
+    for (_, before), (name, after) in pairwise(stages):
         if pass_ not in (None, name):
             continue
         lines = difference(before, after, context=context)

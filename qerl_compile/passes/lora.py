@@ -46,7 +46,7 @@ class LoRA:
         a_RK = torch.empty(site.rank, features_in).uniform_(-bound, bound, generator=generator)
         module.lora_A = nn.Parameter(a_RK.to(weight.device))
         module.lora_B = nn.Parameter(torch.zeros(features_out, site.rank, device=weight.device))
-        module.lora_rank, module.lora_alpha = site.rank, site.alpha  # plain numbers: what adapter files need to know
+        vars(module).update(lora_rank=site.rank, lora_alpha=site.alpha)  # plain numbers, for adapter files
 
     def __call__(self, program: Program) -> None:
         """Rewrite every linear of a site."""

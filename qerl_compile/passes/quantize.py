@@ -47,7 +47,7 @@ class Quantize:
         module.weight_scale = nn.Parameter(packed.block_decode_scale_NG, requires_grad=False)
         module.register_buffer("weight_global_scale", packed.global_scale.reshape(1))
         module._parameters.pop("weight", None)
-        module.dense_dtype = dtype
+        vars(module)["dense_dtype"] = dtype  # outlives the ghost, which is derived from it
         add_ghost(module)
 
     def __call__(self, program: Program) -> None:
@@ -82,15 +82,16 @@ class Quantize:
 
 def add_ghost(module: nn.Module) -> None:
     """Derive the ghost `weight` and `decode_scale` (multiplies) of a packed module from what it owns."""
-    rows, bytes_in = module.weight_packed.shape
-    ghost = make_ghost((rows, 2 * bytes_in), module.dense_dtype, module.weight_packed.device)
+    codes_NK2 = module.get_parameter("weight_packed")
+    rows, bytes_in = codes_NK2.shape
+    ghost = make_ghost((rows, 2 * bytes_in), vars(module)["dense_dtype"], codes_NK2.device)
     module.register_buffer("weight", ghost, persistent=False)
     module.register_buffer("decode_scale", derived_decode_scale(module), persistent=False)
 
 
 def derived_decode_scale(module: nn.Module) -> Tensor:
     """Return the fp32 0-dim multiplier that the stored divisor stands for."""
-    return module.weight_global_scale.float().reciprocal().reshape(())
+    return module.get_buffer("weight_global_scale").float().reciprocal().reshape(())
 
 
 def share_storage(members: Sequence[nn.Module]) -> None:
@@ -99,7 +100,7 @@ def share_storage(members: Sequence[nn.Module]) -> None:
     The group's memory is allocated once more while it is copied, and freed at once: three or four projections at a time.
     """
     for own, fused in (("weight_packed", "fused_packed"), ("weight_scale", "fused_scale")):
-        parts = [module._parameters[own] for module in members]
+        parts = [module.get_parameter(own) for module in members]
         whole = torch.cat([part.data.view(torch.uint8) for part in parts]).view(parts[0].dtype)
         members[0].register_buffer(fused, whole, persistent=False)
         start = 0

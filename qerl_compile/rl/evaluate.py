@@ -14,7 +14,7 @@ from qerl_compile.rl.proportions import Proportion
 from qerl_compile.rl.rewards import AnswerReward
 from qerl_compile.rl.rollout import Rollout, Sampling, generate
 from qerl_compile.rl.tasks import Row, Task
-from qerl_compile.transform import resample_noise
+from qerl_compile.transforming import resample_noise
 
 
 @dataclass(frozen=True)

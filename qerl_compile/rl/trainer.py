@@ -38,7 +38,7 @@ from qerl_compile.rl.rollout import Rollout, Sampling, generate
 from qerl_compile.rl.seeds import derive_seed
 from qerl_compile.rl.step_metrics import length_metrics, mismatch_metrics, reward_metrics
 from qerl_compile.rl.tasks import Row, Task, columns
-from qerl_compile.transform import resample_noise, state_of
+from qerl_compile.transforming import resample_noise, state_of
 
 Report = Callable[[dict[str, float | int]], None]
 

@@ -19,6 +19,7 @@ from qerl_compile.attach import Attacher
 from qerl_compile.backend import check_inner
 from qerl_compile.errors import ModelError
 from qerl_compile.formats.nvfp4 import check_weight
+from qerl_compile.graph import held_tensor
 from qerl_compile.model import QerlModel, TransformState, become_qerl
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
@@ -58,13 +59,14 @@ def transform(
     _refuse_unsuitable(model)
     plan = make_plan(model, recipe)
     for path in plan.quantize:
-        check_weight(model.get_submodule(path).weight, path)
+        check_weight(held_tensor(model.get_submodule(path), "weight"), path)
     attacher = Attacher(model, plan, seed=seed)
     with torch.no_grad():
         for path in plan.quantize:
-            attacher.weight(path, model.get_submodule(path)._parameters["weight"].data)
+            attacher.weight(path, model.get_submodule(path).get_parameter("weight").data)
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    become_qerl(model, TransformState(recipe, attacher.finish(), inner=inner, decode=decode, base_name=name))
+    state = TransformState(recipe, attacher.finish(), inner, decode, recipe.train.recompute, base_name=name)
+    become_qerl(model, state)
     return model
 
 
@@ -91,14 +93,14 @@ def resample_noise(model: nn.Module, sigma: float, generator: torch.Generator | 
     plan, squares, count = state_of(model).plan, 0.0, 0
     for path in plan.noise:
         norm = model.get_submodule(path)
+        noise = norm.get_buffer("noise")
         if sigma == 0:
-            norm.noise.zero_()
+            noise.zero_()
             continue
-        draw = torch.randn(norm.noise.shape, generator=generator, dtype=torch.float32) * sigma
-        norm.noise.copy_(draw)
-        clean = norm.weight.detach().float()
-        squares += ((clean + norm.noise) - clean).square().sum().item()
-        count += norm.noise.numel()
+        noise.copy_(torch.randn(noise.shape, generator=generator, dtype=torch.float32) * sigma)
+        clean = norm.get_parameter("weight").detach().float()
+        squares += ((clean + noise) - clean).square().sum().item()
+        count += noise.numel()
     return len(plan.noise), (squares / count) ** 0.5 if count else 0.0
 
 
