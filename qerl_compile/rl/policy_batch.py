@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qerl_compile.rl.rollout import Rollout, left_padded, positions
+from qerl_compile.rl.rollout import Rollout, last_positions, left_padded, positions
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def token_logps(model: Any, batch: MicroBatch, temperature: float) -> tuple[Tens
         attention_mask=batch.attention_BS,
         position_ids=positions(batch.attention_BS),
         use_cache=False,
-        logits_to_keep=columns + 1,
+        logits_to_keep=last_positions(batch.ids_BS, columns + 1),
     )
     logits_BCV = output.logits[:, :-1].float() / temperature
     logp_BCV = torch.log_softmax(logits_BCV, dim=-1)

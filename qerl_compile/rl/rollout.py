@@ -145,6 +145,15 @@ def positions(mask_BT: Tensor) -> Tensor:
     return (mask_BT.cumsum(-1) - 1).clamp(min=0)
 
 
+def last_positions(ids_BT: Tensor, count: int) -> Tensor:
+    """Return the indices of the last `count` positions, for `logits_to_keep`.
+
+    A count would do, but transformers then slices: the head gets a strided [B, n, D], which torch multiplies by a copy of the
+    head per row. On SmolLM2 that was half of a training step; indices gather into contiguous memory.
+    """
+    return torch.arange(ids_BT.shape[1] - count, ids_BT.shape[1], device=ids_BT.device)
+
+
 def _forward(model: Any, ids_BT: Tensor, mask_BS: Tensor, cache: Any) -> Tensor:
     """Return logits of the last position, float32 [B, V]; the cache grows by T."""
     position_ids = positions(mask_BS)[:, -ids_BT.shape[1] :]
@@ -154,7 +163,7 @@ def _forward(model: Any, ids_BT: Tensor, mask_BS: Tensor, cache: Any) -> Tensor:
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last_positions(ids_BT, 1),
     )
     return output.logits[:, -1].float()
 
