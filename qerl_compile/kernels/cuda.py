@@ -1,0 +1,175 @@
+"""The CUDA forms of the `qerl::` operators, and the launcher they share.
+
+Importing this module registers them and costs nothing: Triton and the kernels are imported when an operator first runs
+on a GPU. Bfloat16 activations go to the kernels that dispatch.py names; other dtypes are served by the reference
+(dequantize in float32), which is right and slow. Every choice depends on shapes alone.
+
+`linear` below is one level under the operators: the rollout engine calls it with a LoRA branch (h · Bᵀ added in fp32
+in the epilogue where the kernel can, else by one `addmm`) and with weights in the twiddled layout.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qerl_compile.kernels import dispatch, ops, reference
+from qerl_compile.kernels.checks import check_activation, check_dtype, check_packed, check_weight
+
+
+@cache
+def _device(index: int) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def linear(
+    x_MK: Tensor,
+    codes_NK2: Tensor,
+    block_NG: Tensor,
+    decode_scale: Tensor,
+    h_MR: Tensor | None = None,
+    lora_B_NR: Tensor | None = None,
+    *,
+    twiddled: bool = False,
+    choice: dict[str, Any] | None = None,
+) -> Tensor:
+    """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ] by the kernel that fits the shape.
+
+    Args:
+        x_MK: bfloat16 [M, K] on CUDA, M >= 1.
+        codes_NK2: uint8 [N, K/2].
+        block_NG: float8_e4m3fn [N, K/16].
+        decode_scale: float32, one element.
+        h_MR: bfloat16 [M, R], x · Aᵀ · alpha / rank of a LoRA branch.
+        lora_B_NR: bfloat16 [N, R].
+        twiddled: codes are in the layout of nvfp4_twiddle.py.
+        choice: overrides dispatch.py; for tuning and tests.
+
+    Returns:
+        bfloat16 [M, N].
+    """
+    from qerl_compile.kernels import nvfp4_decode, nvfp4_two_step
+    from qerl_compile.kernels.nvfp4_arithmetic import STANDARD, TWIDDLED
+
+    x_MK = _rows(x_MK)
+    n, k, m = codes_NK2.shape[0], codes_NK2.shape[1] * 2, x_MK.shape[0]
+    capability, multiprocessors = _device(x_MK.device.index)
+    if choice is None:
+        choice = dispatch.choose("forward", n, k, m, capability, multiprocessors)
+    layout = TWIDDLED if twiddled else STANDARD
+    if choice["kernel"] == "hopper":
+        from qerl_compile.kernels import nvfp4_hopper
+
+        if not twiddled and nvfp4_hopper.supports(codes_NK2, block_NG):
+            y_MN = nvfp4_hopper.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors)
+            return _add_lora(y_MN, h_MR, lora_B_NR)
+        choice = dispatch.portable(n, k, m, multiprocessors)
+    if choice["kernel"] == "decode":
+        in_kernel = h_MR is not None and h_MR.shape[1] in (16, 32, 64, 128)
+        h, lora = (h_MR, lora_B_NR) if in_kernel else (None, None)
+        y_MN = nvfp4_decode.linear(
+            x_MK, codes_NK2, block_NG, decode_scale, choice, layout=layout, h_MR=h, lora_B_NR=lora
+        )
+        return y_MN if in_kernel else _add_lora(y_MN, h_MR, lora_B_NR)
+    y_MN = nvfp4_two_step.linear(x_MK, codes_NK2, block_NG, decode_scale, layout=layout)
+    return _add_lora(y_MN, h_MR, lora_B_NR)
+
+
+def linear_dx(
+    dy_MN: Tensor,
+    codes_NK2: Tensor,
+    block_NG: Tensor,
+    decode_scale: Tensor,
+    *,
+    twiddled: bool = False,
+    choice: dict[str, Any] | None = None,
+) -> Tensor:
+    """dx = (dy · P) · decode_scale by the kernel that fits the shape.
+
+    Args:
+        dy_MN: bfloat16 [M, N] on CUDA, M >= 1.
+        codes_NK2: uint8 [N, K/2].
+        block_NG: float8_e4m3fn [N, K/16].
+        decode_scale: float32, one element.
+        twiddled: codes are in the layout of nvfp4_twiddle.py.
+        choice: overrides dispatch.py; for tuning and tests.
+
+    Returns:
+        bfloat16 [M, K].
+    """
+    from qerl_compile.kernels import nvfp4_dx, nvfp4_two_step
+    from qerl_compile.kernels.nvfp4_arithmetic import STANDARD, TWIDDLED
+
+    dy_MN = _rows(dy_MN)
+    layout = TWIDDLED if twiddled else STANDARD
+    if choice is None:
+        capability, multiprocessors = _device(dy_MN.device.index)
+        n, k = codes_NK2.shape[0], codes_NK2.shape[1] * 2
+        choice = dispatch.choose("dx", n, k, dy_MN.shape[0], capability, multiprocessors)
+    if choice["kernel"] == "dx":
+        return nvfp4_dx.linear_dx(dy_MN, codes_NK2, block_NG, decode_scale, choice, layout=layout)
+    return nvfp4_two_step.linear_dx(dy_MN, codes_NK2, block_NG, decode_scale, layout=layout)
+
+
+def _add_lora(y_MN: Tensor, h_MR: Tensor | None, lora_B_NR: Tensor | None) -> Tensor:
+    return y_MN if h_MR is None or lora_B_NR is None else y_MN.addmm_(h_MR, lora_B_NR.T)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The same matrix with contiguous, word-aligned rows."""
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+@ops.quantized_linear.register_kernel("cuda")
+def _quantized_linear(x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor) -> Tensor:
+    check_packed("qerl::quantized_linear", codes_NK2, block_decode_scale_NG, decode_scale)
+    check_activation("qerl::quantized_linear", "x", x, codes_NK2, codes_NK2.shape[1] * 2)
+    n = codes_NK2.shape[0]
+    if x.numel() == 0 or n == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    if x.dtype != torch.bfloat16:
+        return reference.quantized_linear(x, codes_NK2, block_decode_scale_NG, decode_scale)
+    x_MK = x.reshape(-1, x.shape[-1])
+    y_MN = linear(x_MK, codes_NK2.contiguous(), block_decode_scale_NG.contiguous(), decode_scale)
+    return y_MN.view(*x.shape[:-1], n)
+
+
+@ops.quantized_linear_dx.register_kernel("cuda")
+def _quantized_linear_dx(dy: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor) -> Tensor:
+    check_packed("qerl::quantized_linear_dx", codes_NK2, block_decode_scale_NG, decode_scale)
+    check_activation("qerl::quantized_linear_dx", "dy", dy, codes_NK2, codes_NK2.shape[0])
+    k = codes_NK2.shape[1] * 2
+    if dy.numel() == 0 or k == 0:
+        return dy.new_zeros(*dy.shape[:-1], k)
+    if dy.dtype != torch.bfloat16:
+        return reference.quantized_linear_dx(dy, codes_NK2, block_decode_scale_NG, decode_scale)
+    dy_MN = dy.reshape(-1, dy.shape[-1])
+    dx_MK = linear_dx(dy_MN, codes_NK2.contiguous(), block_decode_scale_NG.contiguous(), decode_scale)
+    return dx_MK.view(*dy.shape[:-1], k)
+
+
+@ops.quantize.register_kernel("cuda")
+def _quantize(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from qerl_compile.kernels.nvfp4_quantize import quantize
+
+    check_weight("qerl::quantize", w_NK)
+    return quantize(w_NK)
+
+
+@ops.dequantize.register_kernel("cuda")
+def _dequantize(
+    codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    from qerl_compile.kernels.nvfp4_dequantize import dequantize_into
+
+    check_packed("qerl::dequantize", codes_NK2, block_decode_scale_NG, decode_scale)
+    check_dtype("qerl::dequantize", dtype)
+    if dtype == torch.float64 or codes_NK2.numel() == 0:
+        return reference.dequantize(codes_NK2, block_decode_scale_NG, decode_scale, dtype)
+    n, k2 = codes_NK2.shape
+    w_NK = torch.empty(n, k2 * 2, dtype=dtype, device=codes_NK2.device)
+    dequantize_into(w_NK, codes_NK2.contiguous(), block_decode_scale_NG.contiguous(), decode_scale)
+    return w_NK

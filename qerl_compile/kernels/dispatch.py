@@ -1,0 +1,100 @@
+"""Which kernel for which shape: a checked-in table, and a rule for the shapes that are not in it.
+
+benchmarks/tune.py measures every candidate on a device and writes `tables/sm_XY.json`; this module only looks up. Nothing
+is ever timed or tuned inside a training step, so the choice (and with it the order of every sum) is the same on every
+run and every rank.
+
+A table maps a direction ("forward" or "dx"), a weight "NxK" and a bucket of tokens to a choice. A bucket is named by
+its largest number of tokens: 5 tokens use bucket "8". Choices are
+
+    {"kernel": "decode",   BM, BN, BK, SWAP, slices, num_warps, num_stages}      nvfp4_decode.py
+    {"kernel": "hopper",   tokens, rows, consumers, slots_w, ..., waves}         nvfp4_hopper.py
+    {"kernel": "dx",       BM, BK, BN, slices, num_warps, num_stages}            nvfp4_dx.py
+    {"kernel": "two_step"}                                                       nvfp4_two_step.py
+
+Importing this costs nothing: Triton stays out until a kernel runs.
+"""
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TWO_STEP: dict[str, Any] = {"kernel": "two_step"}
+
+# What tuning found on most large layers, for shapes that are not in a table.
+_DECODE = {
+    8: {"BM": 8, "BN": 32, "BK": 256, "SWAP": 1, "num_warps": 2, "num_stages": 4},
+    16: {"BM": 16, "BN": 64, "BK": 256, "SWAP": 0, "num_warps": 4, "num_stages": 4},
+    32: {"BM": 32, "BN": 64, "BK": 128, "SWAP": 0, "num_warps": 4, "num_stages": 4},
+    64: {"BM": 64, "BN": 64, "BK": 128, "SWAP": 0, "num_warps": 4, "num_stages": 4},
+}
+_NARROW = {"rows": 64, "consumers": 1, "slots_w": 4, "slots_x": 16, "group": 4, "registers": 0, "max_registers": 80}
+_WIDE = {"rows": 64, "consumers": 2, "slots_w": 4, "slots_x": 12, "group": 4, "registers": 240, "max_registers": 0}
+_HOPPER = {
+    8: {**_NARROW, "tokens": 8, "per_sm": 3, "waves": -1},
+    16: {**_NARROW, "tokens": 16, "per_sm": 3, "waves": -1},
+    32: {**_NARROW, "tokens": 32, "per_sm": 2, "waves": -1},
+    64: {**_WIDE, "tokens": 64, "per_sm": 1, "waves": -1},
+    128: {**_WIDE, "tokens": 128, "slots_x": 8, "group": 1, "per_sm": 1, "waves": -1},
+    256: {**_WIDE, "tokens": 256, "slots_x": 5, "group": 1, "per_sm": 1, "waves": -1},
+}
+_DX_SMALL = {"kernel": "dx", "BM": 64, "BK": 128, "BN": 64, "num_warps": 4, "num_stages": 4}
+
+
+def choose(direction: str, n: int, k: int, m: int, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any]:
+    """The kernel and its configuration.
+
+    Args:
+        direction: "forward" (x -> y) or "dx" (dy -> dx).
+        n: output features of the weight.
+        k: input features.
+        m: tokens, at least 1.
+        capability: compute capability of the device.
+        multiprocessors: of the device.
+
+    Returns:
+        One of the choices listed at the top.
+    """
+    bucket = next((b for b in BUCKETS if m <= b), None)
+    entry = _table(capability).get(direction, {}).get(f"{n}x{k}", {})
+    if bucket is None or not entry:
+        return _rule(direction, n, k, m, capability, multiprocessors)
+    return entry.get(str(bucket)) or _rule(direction, n, k, m, capability, multiprocessors)
+
+
+def _rule(direction: str, n: int, k: int, m: int, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any]:
+    if direction == "dx":
+        if m > 128:
+            return TWO_STEP
+        tiles = -(-m // 64) * -(-k // 128)
+        return {**_DX_SMALL, "slices": max(1, min(2 * multiprocessors // tiles, n // 256, 32))}
+    if capability[0] == 9 and k % 256 == 0 and n * k >= 1 << 20:
+        bucket = next((b for b in _HOPPER if m <= b), None)
+        if bucket is not None:
+            return {"kernel": "hopper", **_HOPPER[bucket]}
+        return TWO_STEP
+    return portable(n, k, m, multiprocessors)
+
+
+def portable(n: int, k: int, m: int, multiprocessors: int) -> dict[str, Any]:
+    """The forward choice that every architecture, shape and alignment can run."""
+    bucket = next((b for b in _DECODE if m <= b), None)
+    if bucket is None:
+        return TWO_STEP
+    return {"kernel": "decode", **_DECODE[bucket], "slices": slices_for(n, k, m, _DECODE[bucket], multiprocessors)}
+
+
+def slices_for(n: int, k: int, m: int, config: dict[str, int], multiprocessors: int, per_sm: int = 3) -> int:
+    """Slices of K that put about `per_sm` CTAs on each multiprocessor, each with at least two k tiles."""
+    tiles = -(-n // config["BN"]) * -(-m // config["BM"])
+    k_tiles = -(-k // config["BK"])
+    return max(1, min(round(multiprocessors * per_sm / tiles), k_tiles // 2, 32))
+
+
+@cache
+def _table(capability: tuple[int, int]) -> dict[str, Any]:
+    name = f"sm_{capability[0]}{capability[1]}.json"
+    file = resources.files("qerl_compile.kernels") / "tables" / name
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

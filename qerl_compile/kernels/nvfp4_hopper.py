@@ -1,0 +1,85 @@
+"""Launching the warp-specialized Hopper kernel: tile shapes, grid, descriptors, dependent launch.
+
+`linear` permutes x, then runs nvfp4_wgmma.kernel over a persistent grid. Both launches are *programmatic dependents*:
+the kernel may start while the one before it ends, sets up its barriers and asks for its first weights, and only then
+waits for x. In a CUDA graph that hides most of a launch.
+
+A config names the tile and the pipeline:
+    tokens       columns of a tile (8 to 256); x is padded to it with repeats of nothing (out-of-bounds reads are zero)
+    rows         weight rows of a consumer, 64 or 128;  consumers  1 or 2
+    slots_w      weight tiles in flight;  slots_x  planes of x in flight;  group  planes per barrier (1 or 4)
+    registers    of the second consumer's threads;  max_registers  of the kernel, 0 for the most;  per_sm  CTAs per SM
+    waves        whole tiles per CTA before the rest is shared: -1 as many as fit, 0 share everything
+"""
+
+import triton
+from torch import Tensor, empty, int32
+from torch import bfloat16 as bf16
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qerl_compile.kernels import nvfp4_wgmma
+from qerl_compile.kernels.nvfp4_permute import permute
+from qerl_compile.kernels.nvfp4_wgmma_layouts import TILE_K, layouts
+from qerl_compile.kernels.nvfp4_workspace import flags, partial_sums
+
+__all__ = ["linear", "supports"]
+
+
+def supports(codes_NK2: Tensor, block_NG: Tensor) -> bool:
+    """Whether the kernel can take this weight: whole 256-column tiles, and addresses that TMA and word loads accept."""
+    whole = codes_NK2.shape[1] * 2 % TILE_K == 0
+    return whole and codes_NK2.data_ptr() % 16 == 0 and block_NG.data_ptr() % 4 == 0
+
+
+def linear(
+    x_MK: Tensor,
+    codes_NK2: Tensor,
+    block_NG: Tensor,
+    decode_scale: Tensor,
+    config: dict[str, int],
+    multiprocessors: int,
+    *,
+    dependent: bool = True,
+) -> Tensor:
+    """y = (x · Pᵀ) · decode_scale.
+
+    Args:
+        x_MK: bfloat16 [M, K], rows contiguous and 4-byte aligned.
+        codes_NK2: uint8 [N, K/2], contiguous, 16-byte aligned, standard layout.
+        block_NG: float8_e4m3fn [N, K/16], contiguous.
+        decode_scale: float32, one element.
+        config: see above.
+        multiprocessors: of the device.
+        dependent: launch as programmatic dependents.
+
+    Returns:
+        bfloat16 [M, N].
+    """
+    m, k = x_MK.shape
+    n = codes_NK2.shape[0]
+    tokens, rows, consumers = config["tokens"], config["rows"], config["consumers"]
+    layout = layouts(tokens, rows)
+    k_tiles = k // TILE_K
+    m_tiles = triton.cdiv(m, tokens)
+    tiles = m_tiles * triton.cdiv(n, rows * consumers)
+    grid = min(multiprocessors * config["per_sm"], tiles * k_tiles)
+    waves = tiles // grid if config["waves"] < 0 else config["waves"]
+    y_MN = empty(m, n, dtype=bf16, device=x_MK.device)
+    options = {"launch_pdl": True} if dependent else {}
+    if config["max_registers"]:
+        options["maxnreg"] = config["max_registers"]
+    nvfp4_wgmma.kernel[(grid,)](
+        TensorDescriptor.from_tensor(permute(x_MK, dependent=dependent), [tokens, 64], layout["X_SMEM"]),
+        TensorDescriptor.from_tensor(codes_NK2, [rows, 128], layout["CODES_SMEM"]),
+        block_NG.view(int32),
+        decode_scale,
+        y_MN,
+        partial_sums(x_MK.device, grid * consumers * rows * tokens),
+        flags(x_MK.device, tiles * consumers),
+        m, n, k_tiles, m_tiles, waves, (tiles - waves * grid) * k_tiles, y_MN.stride(0),
+        TOKENS=tokens, ROWS=rows, CONSUMERS=consumers, SLOTS_W=config["slots_w"], SLOTS_X=config["slots_x"],
+        GROUP=config["group"], CONSUMER_REGISTERS=config["registers"], **layout, num_warps=4, **options,
+    )  # fmt: skip
+    return y_MN
+
+
