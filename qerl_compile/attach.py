@@ -1,9 +1,9 @@
 """The state half of a transformation: what modules own, and the links that can be derived from it.
 
-Two kinds of state. What a module *owns* is canonical and saved: packed weights, LoRA factors, clean norm weights. *Links*
-are derived and can be rebuilt at any time: ghosts, decode scales, the fused storage of a group, and the owner marks
-through which graphs find tensors. `unlink` drops the links and `link` makes them, so a move to another device or a
-deep copy is: unlink, move or copy what is owned, link.
+Two kinds of state. What a module *owns* is canonical and saved: packed weights, LoRA factors, clean norm weights.
+*Links* are derived and can be rebuilt at any time: ghosts, decode scales, the fused storage of a group, and the owner
+marks through which graphs find tensors. `unlink` drops the links and `link` makes them, so a move to another device
+or a deep copy is: unlink, move or copy what is owned, link.
 
 `Attacher` takes weights one at a time, from memory or from a file. A group (q/k/v, gate/up) waits until its last
 member has arrived, because its members are quantized with one shared amax; everything else is quantized at once and its
@@ -99,14 +99,14 @@ def unlink(model: nn.Module, plan: Plan) -> None:
 
 
 def guard(module: nn.Module, path: str) -> None:
-    """Refuse what would read a ghost or break a link: a call outside a rewritten graph, a state_dict that is assigned."""
+    """Refuse what would read a ghost or break a link: a call outside a rewritten graph, an assigned state_dict."""
     module.register_forward_pre_hook(_RefuseEagerCall(path))
     module.register_load_state_dict_pre_hook(_refuse_assign)
     module.register_load_state_dict_post_hook(_refresh)
 
 
 class _RefuseEagerCall:
-    """Forward pre-hook of a packed module. Dynamo traces it as nothing; plain Python gets an error that names the module."""
+    """Forward pre-hook of a packed module. Dynamo traces it as nothing; plain Python gets an error that names it."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -6,10 +6,11 @@ named backend for models that we do not own, found by torch through an entry poi
     torch.compile(model, backend="qerl")                                                  built-in quantize rules
     torch.compile(model, backend="qerl", options={"recipe": {...}, "inner": "aot_eager"})
 
-The named backend sees a graph and no module. It can quantize in the graph, with gradients to the ordinary weights, but it
-saves no memory and owns no state: lora and noise rules need state, so they are errors that name `transform`.
+The named backend sees a graph and no module. It can quantize in the graph, with gradients to the ordinary weights,
+but it saves no memory and owns no state: lora and noise rules need state, so they are errors that name `transform`.
 
-Inner compilers: `inductor` (default), `aot_eager` (AOTAutograd without code generation), `eager` (the FX graph as it is).
+Inner compilers: `inductor` (default), `aot_eager` (AOTAutograd without code generation), `eager` (the FX graph as it
+is).
 
 What this module does not do: decide what is rewritten (plan.py), or where graphs begin and end (transform.py).
 """
@@ -77,10 +78,10 @@ def lower(gm: fx.GraphModule, program: Program, example_inputs: Sequence[Any], i
         known = {id(value) for value in example_inputs}
         fake_mode = TracingContext.get().fake_mode
         # Tensors that Dynamo has not seen would get symbolic sizes without a source; they enter as static fakes.
-        inputs = [
-            value
-            if id(value) in known or not isinstance(value, Tensor)
-            else fake_mode.from_tensor(value, static_shapes=True)
+        inputs: list[Any] = [
+            fake_mode.from_tensor(value, static_shapes=True)
+            if fake_mode is not None and isinstance(value, Tensor) and id(value) not in known
+            else value
             for value in gather(feeds, example_inputs)
         ]
         compiled = torch._dynamo.lookup_backend(inner)(module, inputs)

@@ -1,17 +1,17 @@
 """The intermediate representation: Dynamo's FX graph, with weights under their checkpoint names.
 
-torch.compile hands a backend an FX graph in which every parameter has been *lifted* to a placeholder, so that one graph
-can serve many modules. Our passes want to read and write names (`model.layers.3.self_attn.q_proj.weight`), because names
-are what recipes, goldens, exporters and people use. So a graph makes a round trip:
+torch.compile hands a backend an FX graph in which every parameter has been *lifted* to a placeholder, so that one
+graph can serve many modules. Our passes want to read and write names (`model.layers.3.self_attn.q_proj.weight`),
+because names are what recipes, goldens, exporters and people use. So a graph makes a round trip:
 
     unlift   placeholders that are weights      → get_attr nodes named like the checkpoint
     passes   insert, replace, erase; may name any tensor of a module that owns one of the graph's weights
     bind     get_attr nodes                     → placeholders again, fed *at call time*
 
-**Why late binding.** Dynamo reuses one compiled decoder layer for all layers. A tensor bound when the graph was compiled
-would be layer 0's for ever, and the model would give other tokens without an error. A bound graph therefore looks
-up each extra tensor in this call: Dynamo passes the layer's own weight, the weight knows the module that owns it
-(`owner`), and the module has the packed codes, LoRA factors or noise beside it.
+**Why late binding.** Dynamo reuses one compiled decoder layer for all layers. A tensor bound when the graph was
+compiled would be layer 0's for ever, and the model would give other tokens without an error. A bound graph therefore
+looks up each extra tensor in this call: Dynamo passes the layer's own weight, the weight knows the module that owns
+it (`owner`), and the module has the packed codes, LoRA factors or noise beside it.
 
 **Ghosts.** A quantized weight keeps its name, shape and dtype for tracing but owns no storage: a NaN scalar expanded to
 the old shape. `bind` refuses a graph in which a ghost still has users, since that means that some pass missed a site.
@@ -22,7 +22,7 @@ What this module does not do: know what the passes rewrite, or compile anything 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,7 +34,7 @@ LINEAR = nn.functional.linear
 """What `nn.functional.linear` is called in a Dynamo graph: one node per projection, `linear(x, weight, bias)`."""
 
 Feed = tuple[int, str | None]
-"""Where a bound graph's argument comes from: (index of Dynamo's input, None) or (input whose owner has it, its leaf name)."""
+"""Source of a bound graph's argument: (index of Dynamo's input, None) or (input whose owner has it, leaf name)."""
 
 
 def set_owner(tensor: Tensor, module: nn.Module) -> None:
@@ -76,6 +76,20 @@ def held_tensor(module: nn.Module, leaf: str) -> Tensor:
     return tensor
 
 
+class LinearParts(NamedTuple):
+    """The operands of a linear node."""
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+
+def linear_parts(node: fx.Node) -> LinearParts:
+    """Return the operands of a linear node; it holds them as the model spelled the call, by position or keyword."""
+    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    return LinearParts(*(cast(Any, given.get(name)) for name in ("input", "weight", "bias")))
+
+
 @dataclass
 class Program:
     """A graph whose weights are get_attr nodes, and where each of them comes from.
@@ -102,13 +116,13 @@ class Program:
     def linears(self) -> Iterator[tuple[fx.Node, str]]:
         """Yield (linear node, module path) for every linear whose weight is read straight from a module."""
         for node in self.graph.find_nodes(op="call_function", target=LINEAR):
-            weight = node.args[1]
-            if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).endswith(".weight"):
+            weight = linear_parts(node).weight
+            if weight.op == "get_attr" and str(weight.target).endswith(".weight"):
                 yield node, str(weight.target).removesuffix(".weight")
 
     def rows(self, linear: fx.Node) -> int:
         """Return N of a linear's weight [N, K]. Dynamo types every weight it lifts, and their sizes are static."""
-        return int(linear.all_input_nodes[1].meta["example_value"].shape[0])
+        return int(linear_parts(linear).weight.meta["example_value"].shape[0])
 
     def weight(self, name: str) -> fx.Node:
         """Insert a get_attr node for the tensor called `name`, typed like the module's tensor."""
@@ -123,12 +137,19 @@ class Program:
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
         """Insert a call of `target`; its type is inferred on fake tensors where the arguments' types are known."""
         node = self.graph.call_function(target, args)
-        nodes: list[fx.Node] = []
-        fx.map_arg(args, nodes.append)
-        if all("example_value" in arg.meta for arg in nodes):
-            with torch.no_grad():
-                node.meta["example_value"] = target(*fx.map_arg(args, lambda arg: arg.meta["example_value"]))
+        self.infer(node)
         return node
+
+    def infer(self, node: fx.Node) -> None:
+        """Type a call node anew from the types of its arguments, if they are known."""
+        if not all("example_value" in argument.meta for argument in node.all_input_nodes):
+            return
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["example_value"])
+        with torch.no_grad():
+            if callable(node.target):
+                node.meta["example_value"] = node.target(*args, **kwargs)
+            else:
+                node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
 
     @contextmanager
     def replacing(self, node: fx.Node) -> Iterator[list[fx.Node]]:
@@ -163,7 +184,7 @@ def unlift(gm: fx.GraphModule, example_inputs: Sequence[Any], names: dict[int, s
         The program; placeholders that are no weights come first, in their old order.
     """
     examples = (node.meta.get("example_value") for node in gm.graph.nodes)
-    # The mode that typed the captured graph. TracingContext's is another one by now: Dynamo makes a fresh mode for backends.
+    # The mode that typed the captured graph. TracingContext's is another one: Dynamo makes a fresh mode for backends.
     fake_mode = next((example.fake_mode for example in examples if isinstance(example, FakeTensor)), None)
     program = Program(fx.Graph(), fake_mode=fake_mode)
     copies: dict[fx.Node, fx.Node] = {}

@@ -1,8 +1,9 @@
 """Graphs as stable text, and the difference that a pass makes.
 
-A line per node: FX name, dtype and shape, operation, arguments. No device, path or object id appears, and symbolic sizes
-are renamed d0, d1, … in order of appearance, so that the text is the same in every process. A golden is the unified diff
-of one pass with no context lines: only what the pass did, so that wording changes elsewhere do not touch it.
+A line per node: FX name, dtype and shape, operation, arguments. No device, path or object id appears, and symbolic
+sizes are renamed d0, d1, … in order of appearance, so that the text is the same in every process. A golden is the
+unified diff of one pass with no context lines: only what the pass did, so that wording changes elsewhere do not touch
+it.
 """
 
 import difflib

@@ -8,8 +8,8 @@
     finish     ties, adapters, noise, freezing, compilation
 
 The peak is the packed model plus the largest group. A directory that is packed already (our own exports, in
-compressed-tensors' NVFP4A16 layout) is read as it is, without requantizing. A model is never half loaded: any fault raises
-before the caller has an object.
+compressed-tensors' NVFP4A16 layout) is read as it is, without requantizing. A model is never half loaded: any fault
+raises before the caller has an object.
 
 What this module does not do: other quantized layouts, or sharding over devices.
 """
@@ -140,7 +140,7 @@ def _empty_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> 
     try:
         config = AutoConfig.from_pretrained(checkpoint.root)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config
+            delattr(config, "quantization_config")
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
     except (ValueError, KeyError, TypeError, AttributeError) as fault:

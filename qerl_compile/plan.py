@@ -2,12 +2,13 @@
 
     recipe rules × module tree  →  sites to quantize, groups to fuse, adapters, noisy norms
 
-Rules select by full module path (`re.fullmatch`), and within a list the first match wins. What may be selected is a graph
-fact: linears that a decoder layer calls, norms that feed them. A rule that selects nothing is an error, not a
+Rules select by full module path (`re.fullmatch`), and within a list the first match wins. What may be selected is a
+graph fact: linears that a decoder layer calls, norms that feed them. A rule that selects nothing is an error, not a
 silent no-op, because that is how noise was never applied in the field (design/method.md, trap 2).
 
-A *group* is the quantized linears of one layer that read the same input (q/k/v, gate/up). Its members are quantized with
-one shared amax, since serving engines fuse them and keep one global scale, and the fuse pass makes them one GEMM.
+A *group* is the quantized linears of one layer that read the same input (q/k/v, gate/up). Its members are quantized
+with one shared amax, since serving engines fuse them and keep one global scale, and the fuse pass makes them one
+GEMM.
 """
 
 import re

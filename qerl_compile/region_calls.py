@@ -1,14 +1,14 @@
 """Compile a model region by region, and call the regions so that they share graphs.
 
 Each decoder layer gets a compiled call. Layers to which the plan does the same thing share one function and one
-`GraphCompiler`, so Dynamo captures the first and reuses its graph for the rest; layers that differ (another rank, a skipped
-projection) get their own, since Dynamo cannot see from its inputs what a pass will add.
+`GraphCompiler`, so Dynamo captures the first and reuses its graph for the rest; layers that differ (another rank, a
+skipped projection) get their own, since Dynamo cannot see from its inputs what a pass will add.
 
 Two things keep the number of graphs flat in depth and small in shapes:
 
-*The cache is late-bound too.* Attention calls `cache.update(k, v, self.layer_idx)`, and an integer that indexes becomes a
-guard: one graph per layer. A region is therefore handed a `LayerCache`, a view of its own layer's cache that ignores the
-index. Prefill and decode then take the same few graphs at any depth.
+*The cache is late-bound too.* Attention calls `cache.update(k, v, self.layer_idx)`, and an integer that indexes
+becomes a guard: one graph per layer. A region is therefore handed a `LayerCache`, a view of its own layer's cache
+that ignores the index. Prefill and decode then take the same few graphs at any depth.
 
 *Batch and length are marked dynamic* (`maybe_mark_dynamic`) on the way in, so that the first call already compiles
 for all lengths. `dynamic=True` would also turn module floats such as eps into inputs (design/compiler.md, rule R6).
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qerl_compile.model import TransformState
 
 RECOMPILE_LIMIT = 64
-"""Graphs per kind of region: gradients on or off, first layer or not, batch 1 or more, one token or more, cache types."""
+"""Graphs per kind of region: gradients or none, first layer or not, batch 1 or more, one token or more, caches."""
 
 
 def passes_for(state: "TransformState") -> list[Pass]:
@@ -91,7 +91,8 @@ def _isolated(function: Callable[..., Any], compiler: GraphCompiler) -> Callable
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     private = types.FunctionType(code, function.__globals__, function.__name__)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        return torch.compile(private, backend=compiler, fullgraph=True, recompile_limit=RECOMPILE_LIMIT)
+        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}  # torch's overloads do not list it yet
+        return torch.compile(private, backend=compiler, fullgraph=True, **limit)
     compiled = torch.compile(private, backend=compiler, fullgraph=True)  # torch < 2.13
 
     def call(*args: Any, **kwargs: Any) -> Any:

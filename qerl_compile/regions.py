@@ -1,9 +1,9 @@
 """Regions: the modules that are compiled one by one, and a way to look inside them before any weight is read.
 
-A region is a decoder layer. Compiling layers instead of the model keeps compile time flat in depth: Dynamo captures one
-layer and reuses its graph for all that are alike (design/compiler.md B1: two graphs at any depth for training). A model's
-decoder layers are the modules that transformers itself marks as the unit of checkpointing, `GradientCheckpointingLayer`;
-no family is named here.
+A region is a decoder layer. Compiling layers instead of the model keeps compile time flat in depth: Dynamo captures
+one layer and reuses its graph for all that are alike (design/compiler.md B1: two graphs at any depth for training). A
+model's decoder layers are the modules that transformers itself marks as the unit of checkpointing,
+`GradientCheckpointingLayer`; no family is named here.
 
 `capture` finds out what a layer computes without its weights: the model is copied to the meta device (shapes, no
 storage), run once on eight tokens, and one layer of each kind is caught by Dynamo on the way. Which linears
@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from qerl_compile.errors import GraphError
-from qerl_compile.graph import Program, unlift
+from qerl_compile.graph import Program, linear_parts, unlift
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -89,8 +89,7 @@ def layer_facts(program: Program) -> LayerFacts:
     """Read linears, groups that share an input, and feeding norms off a captured layer."""
     by_input: dict[fx.Node, list[str]] = {}
     for node, path in program.linears():
-        if isinstance(node.args[0], fx.Node):
-            by_input.setdefault(node.args[0], []).append(path)
+        by_input.setdefault(linear_parts(node).x, []).append(path)
     norms = dict.fromkeys(norm for x in by_input for norm in _feeding_norms(x))
     return LayerFacts(
         linears=tuple(path for paths in by_input.values() for path in paths),

@@ -1,8 +1,8 @@
 """The command line: `qerl-compile transform | train | generate | export | diff`.
 
-Each command checks its input, does one thing through the same functions that Python users call, and ends with what was
-written and the next command. Errors that a user can mend are one sentence in red and exit code 2; anything else is a defect
-of ours and keeps its traceback.
+Each command checks its input, does one thing through the same functions that Python users call, and ends with what
+was written and the next command. Errors that a user can mend are one sentence in red and exit code 2; anything else
+is a defect of ours and keeps its traceback.
 
 Commands live in modules of their own and import what they need when they run, so that `--help` costs no torch.
 """

@@ -1,9 +1,9 @@
 """Graph passes, in the order in which they run: noise → lora → fuse → quantize → recompute.
 
 A pass is two things (architecture.md, decision 4): `state`, which says what a module owns afterwards, and `__call__`,
-which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and never
-asks for a model family: it matches by graph fact (this linear's weight, the linears that share this input) and uses names
-only to select.
+which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and
+never asks for a model family: it matches by graph fact (this linear's weight, the linears that share this input) and
+uses names only to select.
 """
 
 from collections.abc import Callable

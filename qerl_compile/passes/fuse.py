@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from qerl_compile.graph import LINEAR, Program
+from qerl_compile.graph import LINEAR, Program, linear_parts
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,20 @@ class Fuse:
 
 def fusible(nodes: list[fx.Node]) -> bool:
     """Whether linears read one input, each has its own weight, and all or none have a bias."""
-    same_input = len({node.args[0] for node in nodes}) == 1
-    distinct = len({node.args[1] for node in nodes}) == len(nodes)
-    biases = [node.args[2] if len(node.args) > 2 else None for node in nodes]
-    return same_input and distinct and len({bias is None for bias in biases}) == 1
+    inputs, weights, biases = zip(*map(linear_parts, nodes), strict=True)
+    distinct = len(set(weights)) == len(nodes)
+    return len(set(inputs)) == 1 and distinct and len({bias is None for bias in biases}) == 1
 
 
 def _fuse(program: Program, nodes: list[fx.Node]) -> None:
     order = {node: position for position, node in enumerate(program.graph.nodes)}
     first = min(nodes, key=order.__getitem__)
-    biases = [node.args[2] if len(node.args) > 2 else None for node in nodes]
+    inputs, weights, biases = zip(*map(linear_parts, nodes), strict=True)
     rows = [program.rows(node) for node in nodes]
     with program.graph.inserting_before(first):
-        weight = program.call(torch.cat, [node.args[1] for node in nodes])
-        bias = None if biases[0] is None else program.call(torch.cat, biases)
-        fused = program.call(LINEAR, first.args[0], weight, bias)
+        weight = program.call(torch.cat, list(weights))
+        bias = None if biases[0] is None else program.call(torch.cat, list(biases))
+        fused = program.call(LINEAR, inputs[0], weight, bias)
         parts = program.call(torch.functional.split, fused, rows, -1)
     for key in ("nn_module_stack", "stack_trace"):
         if key in first.meta:

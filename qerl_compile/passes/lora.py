@@ -4,11 +4,13 @@
     after       h = linear(x, A.to(x.dtype)) * (alpha / r)
                 y = linear(x, W, b) + linear(h, B.to(x.dtype))          A: [r, K], B: [N, r], float32
 
-A starts uniform as in PEFT (Kaiming, a = √5) and B at zero, so the branch starts as the identity. Both are kept in float32
-whatever the model's dtype: at a learning rate of 1e-5 a bf16 master weight would lose most updates to rounding. The
-casts are a few thousand elements, and the scaling multiplies `h` (r wide) rather than the output (N wide).
+A starts uniform as in PEFT (Kaiming, a = √5) and B at zero, so the branch starts as the identity. Both are kept in
+float32 whatever the model's dtype: at a learning rate of 1e-5 a bf16 master weight would lose most updates to
+rounding. The casts are a few thousand elements, and the scaling multiplies `h` (r wide) rather than the output (N
+wide).
 
-What this pass does not do: merge. Adding B·A into a packed weight rounds the adapter away (design/ecosystem.md, decision 4).
+What this pass does not do: merge. Adding B·A into a packed weight rounds the adapter away (design/ecosystem.md,
+decision 4).
 """
 
 import math
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from qerl_compile.graph import LINEAR, Program
+from qerl_compile.graph import LINEAR, Program, linear_parts
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class LoRA:
             site = self.sites.get(path)
             if site is None:
                 continue
-            x = node.args[0]
+            x = linear_parts(node).x
             with program.replacing(node) as result:
                 hidden = program.call(LINEAR, x, _cast_like(program, f"{path}.lora_A", x), None)
                 scaled = program.call(torch.mul, hidden, site.alpha / site.rank)
@@ -62,9 +64,9 @@ class LoRA:
                 result.append(program.call(torch.add, node, branch))
 
 
-def _cast_like(program: Program, name: str, x: object) -> fx.Node:
+def _cast_like(program: Program, name: str, x: fx.Node) -> fx.Node:
     weight = program.weight(name)
-    example = x.meta.get("example_value") if isinstance(x, fx.Node) else None
+    example = x.meta.get("example_value")
     if isinstance(example, Tensor) and example.dtype == torch.float32:
         return weight
     return program.call(torch.Tensor.type_as, weight, x)

@@ -10,10 +10,10 @@ so one vector of noise acts as multiplicative noise on every row of all linears 
     after       w32  = w.to(float32) + z         (z: float32 buffer, resampled in place by the loop)
                 norm = (w32 * x̂).to(dtype before)
 
-**Why fp32.** In bf16 a weight near 1 has neighbours 2⁻⁷ = 0.0078 apart. The schedule ends at σ = 5e-4, so `w + z` in bf16
-rounds back to w for nearly every element and the noise is silently gone. The sum and its product are therefore taken
-in fp32, and rounded once where the model rounded before. With z = 0 this changes no bit: the product of two bf16
-numbers is exact in fp32.
+**Why fp32.** In bf16 a weight near 1 has neighbours 2⁻⁷ = 0.0078 apart. The schedule ends at σ = 5e-4, so `w + z` in
+bf16 rounds back to w for nearly every element and the noise is silently gone. The sum and its product are therefore
+taken in fp32, and rounded once where the model rounded before. With z = 0 this changes no bit: the product of two
+bf16 numbers is exact in fp32.
 
 The clean weight is never modified; `z` is not in the state_dict; σ = 0 is a zeroed buffer and not another graph.
 What this pass does not do: choose σ (rl/noise_schedule.py) or draw z (transform's `resample_noise`).
@@ -54,6 +54,7 @@ class Noise:
             for user in users:
                 user.replace_input_with(node, noisy)
                 before = user.meta.get("example_value")
+                program.infer(user)
                 if isinstance(before, Tensor) and before.dtype != torch.float32:
                     with program.replacing(user) as result:
                         result.append(program.call(torch.ops.aten.to.dtype, user, before.dtype))

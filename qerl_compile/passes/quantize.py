@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qerl_compile.formats.nvfp4 import PackedNVFP4
-from qerl_compile.graph import LINEAR, Program, make_ghost
+from qerl_compile.graph import LINEAR, Program, linear_parts, make_ghost
 from qerl_compile.kernels import ops as _ops  # noqa: F401  # registers the qerl:: operators
 
 
@@ -53,21 +53,19 @@ class Quantize:
     def __call__(self, program: Program) -> None:
         """Rewrite every linear of a site and every fused linear of a group."""
         for node in list(program.graph.find_nodes(op="call_function", target=LINEAR)):
-            path = self._packed_path(node.args[1])
+            x, weight, bias = linear_parts(node)
+            path = self._packed_path(weight)
             if path is None:
                 continue
-            names = (
-                ("fused_packed", "fused_scale") if node.args[1].op != "get_attr" else ("weight_packed", "weight_scale")
-            )
-            bias = node.args[2] if len(node.args) > 2 else None
-            weight = node.args[1]
+            names = ("weight_packed", "weight_scale") if weight.op == "get_attr" else ("fused_packed", "fused_scale")
             with program.replacing(node) as result:
                 operands = [program.weight(f"{path}.{name}") for name in (*names, "decode_scale")]
-                result.append(program.call(torch.ops.qerl.quantized_linear.default, node.args[0], *operands))
+                result.append(program.call(torch.ops.qerl.quantized_linear.default, x, *operands))
                 if bias is not None:
                     result[:] = [program.call(torch.add, result[0], bias)]
-            if not weight.users:
-                program.graph.erase_node(weight)
+            for dead in (weight, *weight.all_input_nodes):
+                if not dead.users:
+                    program.graph.erase_node(dead)
 
     def _packed_path(self, weight: fx.Node) -> str | None:
         """Return the module that owns the packed form of a linear's weight node, or None for a dense weight."""
@@ -97,7 +95,7 @@ def derived_decode_scale(module: nn.Module) -> Tensor:
 def share_storage(members: Sequence[nn.Module]) -> None:
     """Lay the packed tensors of a fused group one after another and make the members' own tensors row slices of them.
 
-    The group's memory is allocated once more while it is copied, and freed at once: three or four projections at a time.
+    The group's memory is allocated once more while it is copied, and freed at once: two or three projections.
     """
     for own, fused in (("weight_packed", "fused_packed"), ("weight_scale", "fused_scale")):
         parts = [module.get_parameter(own) for module in members]
