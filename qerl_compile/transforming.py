@@ -88,12 +88,16 @@ def resample_noise(model: nn.Module, sigma: float, generator: torch.Generator | 
         generator: a CPU generator; draws are made on the CPU, so a seed means the same noise on every device.
 
     Returns:
-        (number of norms, root mean square of `w_eff - w` as computed in fp32).
+        (number of norms that have noise, root mean square of `w_eff - w` as computed in fp32). The number is counted and
+        not read from the plan, so that a caller can compare the two.
     """
-    plan, squares, count = state_of(model).plan, 0.0, 0
-    for path in plan.noise:
+    sites, squares, count = 0, 0.0, 0
+    for path in state_of(model).plan.noise:
         norm = model.get_submodule(path)
-        noise = norm.get_buffer("noise")
+        noise = norm._buffers.get("noise")
+        if noise is None:
+            continue
+        sites += 1
         if sigma == 0:
             noise.zero_()
             continue
@@ -101,7 +105,7 @@ def resample_noise(model: nn.Module, sigma: float, generator: torch.Generator | 
         clean = norm.get_parameter("weight").detach().float()
         squares += ((clean + noise) - clean).square().sum().item()
         count += noise.numel()
-    return len(plan.noise), (squares / count) ** 0.5 if count else 0.0
+    return sites, (squares / count) ** 0.5 if count else 0.0
 
 
 def state_of(model: nn.Module) -> TransformState:

@@ -1,7 +1,7 @@
 """Greedy accuracy on held-out items, with the noise off.
 
-The released QeRL scripts evaluated without the adapter (design/method.md, trap 3). Here the model that is evaluated is the
-object that is trained; only its noise is silenced for the while, and drawn anew at the next step.
+The released QeRL scripts evaluated without the adapter (design/method.md, trap 3). Here the model that is evaluated is
+the object that is trained; only its noise is silenced for the while, and drawn anew at the next step.
 """
 
 from collections.abc import Sequence

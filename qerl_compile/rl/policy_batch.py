@@ -2,12 +2,12 @@
 
 Two things make a step affordable.
 
-*Only groups with signal run.* A group whose rewards are equal has advantage 0, so its tokens add nothing to the gradient of
-a loss without KL term; they count in the denominator and nowhere else. On easy tasks that is 45 to 90 % of all groups
-(design/rl.md, B3), and leaving them out changes no gradient.
+*Only groups with signal run.* A group whose rewards are equal has advantage 0, so its tokens add nothing to the
+gradient of a loss without KL term; they count in the denominator and nowhere else. On easy tasks that is 45 to 90 % of
+all groups (design/rl.md, B3), and leaving them out changes no gradient.
 
-*Only completions need logits.* `logits_to_keep` asks the model for the last C + 1 positions, so the [B, T, V] tensor that
-would dwarf everything else never exists.
+*Only completions need logits.* `logits_to_keep` asks the model for the last C + 1 positions, so the [B, T, V] tensor
+that would dwarf everything else never exists.
 
 Shapes: B rows, T prompt width (left-padded), C completion width (right-padded), V vocabulary.
 """
@@ -99,5 +99,5 @@ def token_logps(model: Any, batch: MicroBatch, temperature: float) -> tuple[Tens
     logits_BCV = output.logits[:, :-1].float() / temperature
     logp_BCV = torch.log_softmax(logits_BCV, dim=-1)
     with torch.no_grad():
-        entropy_BC = -(logp_BCV.exp() * logp_BCV).sum(-1)
+        entropy_BC = torch.special.entr(logp_BCV.exp()).sum(-1)  # 0 for probability 0, where p * log p is NaN
     return logp_BCV.gather(2, batch.ids_BS[:, -columns:, None]).squeeze(2), entropy_BC

@@ -4,13 +4,14 @@
     repeat     its keys and values for every sample of the group             [P·G, T]
     decode     one token for all sequences per step, until all have ended    [P·G, 1]
 
-Log-probabilities are those of the distribution that was sampled from: the untruncated softmax of logits / temperature, in
-float32, recorded as the tokens are drawn. Nothing truncates it (no top-p, no top-k), since a truncated distribution
+Log-probabilities are those of the distribution that was sampled from: the untruncated softmax of logits / temperature,
+in float32, recorded as the tokens are drawn. Nothing truncates it (no top-p, no top-k), since a truncated distribution
 biases every importance ratio built on it (design/rl.md, C5).
 
 **Randomness belongs to the sequence.** A token is the inverse CDF at one uniform number, and the uniform numbers of a
-sequence come from a seed derived from (run seed, step, prompt position, sample index). So a sample does not depend on what
-else is in the batch, up to rounding of the logits, and a resumed run draws the same numbers with no generator state.
+sequence come from a seed derived from (run seed, step, prompt position, sample index). So a sample does not depend on
+what else is in the batch, up to rounding of the logits, and a resumed run draws the same numbers with no generator
+state.
 
 What this module does not do: continuous batching, CUDA graphs, other engines (rollout engine, issue 4). Rows that have
 ended stay in their batch as padding until the longest one ends.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qerl_compile.errors import ModelError
 from qerl_compile.rl.seeds import derive_seed
 
 
@@ -81,19 +83,20 @@ def generate(
 
     Returns:
         `len(prompts) * group_size` rollouts, group after group.
+
+    Raises:
+        ModelError: logits that tokens were sampled from are not finite.
     """
+    samples = min(group_size, sampling.batch)
+    per_batch = sampling.batch // samples
     rollouts: list[Rollout] = []
-    per_batch = max(1, sampling.batch // group_size)
     for start in range(0, len(prompts), per_batch):
         part = prompts[start : start + per_batch]
-        uniform_BC = torch.stack(
-            [
-                _uniform((*seed, start + position, sample), sampling.max_new_tokens)
-                for position in range(len(part))
-                for sample in range(group_size)
-            ]
-        )
-        rollouts += _generate_batch(model, part, sampling, group_size, uniform_BC)
+        for first in range(0, group_size, samples):  # more than one only where a group does not fit into a batch
+            chosen = range(first, min(first + samples, group_size))
+            paths = [(*seed, start + position, sample) for position in range(len(part)) for sample in chosen]
+            uniform_BC = torch.stack([_uniform(path, sampling.max_new_tokens) for path in paths])
+            rollouts += _generate_batch(model, part, sampling, len(chosen), uniform_BC)
     return rollouts
 
 
@@ -129,7 +132,9 @@ def _generate_batch(
         mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(mask_BS), 1)], dim=1)
         token_B1 = torch.where(alive_B, token_B, sampling.pad_id)[:, None]
         logits_BV = _forward(model, token_B1, mask_BS, cache)
-    return list(_unpack(prompts, group_size, torch.stack(tokens, 1), torch.stack(logps, 1), alive_B))
+    logps_BC = torch.stack(logps, 1)
+    _check(logps_BC)
+    return list(_unpack(prompts, group_size, torch.stack(tokens, 1), logps_BC, alive_B))
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -148,8 +153,8 @@ def positions(mask_BT: Tensor) -> Tensor:
 def last_positions(ids_BT: Tensor, count: int) -> Tensor:
     """Return the indices of the last `count` positions, for `logits_to_keep`.
 
-    A count would do, but transformers then slices: the head gets a strided [B, n, D], which torch multiplies by a copy of the
-    head per row. On SmolLM2 that was half of a training step; indices gather into contiguous memory.
+    A count would do, but transformers then slices: the head gets a strided [B, n, D], which torch multiplies by a copy
+    of the head per row. On SmolLM2 that was half of a training step; indices gather into contiguous memory.
     """
     return torch.arange(ids_BT.shape[1] - count, ids_BT.shape[1], device=ids_BT.device)
 
@@ -173,10 +178,22 @@ def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Ten
         token_B = logits_BV.argmax(-1)
         return token_B, torch.zeros_like(token_B, dtype=torch.float32)
     logp_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
-    cdf_BV = logp_BV.exp().cumsum(-1)
-    threshold_B1 = uniform_B[:, None].float() * cdf_BV[:, -1:]  # the sum is 1 only up to rounding
-    token_B = torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[1] - 1)
+    # In float32 the sum swallows every token below 3e-8, and a uniform number can round to 1, past the last token.
+    cdf_BV = logp_BV.double().exp().cumsum(-1)
+    threshold_B1 = uniform_B[:, None] * cdf_BV[:, -1:]  # the sum is 1 only up to rounding
+    token_B = torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(1)
+    token_B = token_B.clamp(max=logits_BV.shape[1] - 1)  # past the end only with NaN, which `_check` reports
     return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1)
+
+
+def _check(logps_BC: Tensor) -> None:
+    if not bool(logps_BC.isfinite().all()):
+        raise ModelError(
+            where="rollout",
+            expected="finite log-probabilities of the sampled tokens",
+            got="NaN or Inf, so the model's logits are not finite",
+            do="Check the checkpoint, or lower train.learning_rate if training came this far.",
+        )
 
 
 def _unpack(

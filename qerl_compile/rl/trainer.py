@@ -7,9 +7,9 @@
         z = 0 (unless noise.in_update)                            QeRL, Algorithm 1: the update is of the clean policy
         DAPO loss over the groups with signal → AdamW on LoRA     policy_batch.py, losses/dapo.py
 
-One update per rollout, so the old policy is the current one and every ratio is 1 when its gradient is taken; the printed
-loss is about 0 by construction. Rollout log-probabilities come from the noisy policy, so their difference from the trainer's
-is logged as `sampling/sampling_logp_difference` and not corrected here.
+One update per rollout, so the old policy is the current one and every ratio is 1 when its gradient is taken; the
+printed loss is about 0 by construction. Rollout log-probabilities come from the noisy policy, so their difference from
+the trainer's is logged as `sampling/sampling_logp_difference` and not corrected here.
 
 What is counted twice: the number of noisy norms is asserted against the plan at every step, because noise that
 silently matched nothing is how the method failed elsewhere (design/method.md, trap 2).
