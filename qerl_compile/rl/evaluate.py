@@ -6,6 +6,7 @@ the object that is trained; only its noise is silenced for the while, and drawn 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from qerl_compile.rl.answers import Extractor
@@ -19,9 +20,20 @@ from qerl_compile.transforming import resample_noise
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy with its interval, and what the model wrote."""
+    """Accuracy with its interval, and what the model wrote.
+
+    Args:
+        accuracy: right answers among all held-out rows.
+        prompts: the rows' prompts as text, assistant prefix included.
+        completions: what the model wrote, without special tokens.
+        rewards: 1 right, 0 wrong, None where the task's judge failed (which counts as wrong).
+        rollouts: the same as tokens.
+    """
 
     accuracy: Proportion
+    prompts: tuple[str, ...]
+    completions: tuple[str, ...]
+    rewards: tuple[float | None, ...]
     rollouts: tuple[Rollout, ...]
 
     def metrics(self) -> dict[str, float]:
@@ -35,6 +47,11 @@ class Evaluation:
             "eval/items": self.accuracy.total,
             "eval/mean_length": sum(lengths) / len(lengths),
         }
+
+    def samples(self, count: int) -> list[dict[str, str | float | None]]:
+        """Return the first `count` rows as prompt, completion and reward; they are the same items every time."""
+        rows = zip(self.prompts, self.completions, self.rewards, strict=True)
+        return [dict(zip(("prompt", "completion", "reward"), row, strict=True)) for row in islice(rows, count)]
 
 
 def evaluate(
@@ -58,9 +75,10 @@ def evaluate(
         sampling: `temperature` must be 0.
     """
     resample_noise(model, 0.0)
-    prompts = [prompt.encode(tokenizer, row).ids for row in rows]
-    rollouts = generate(model, prompts, sampling)
+    prompts = [prompt.encode(tokenizer, row) for row in rows]
+    rollouts = generate(model, [each.ids for each in prompts], sampling)
     texts = tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
     judge = AnswerReward(task, extractor).judge
-    correct = sum(judge(text, row) == 1.0 for text, row in zip(texts, rows, strict=True))
-    return Evaluation(Proportion(correct, len(rows)), tuple(rollouts))
+    rewards = tuple(judge(text, row) for text, row in zip(texts, rows, strict=True))
+    right = Proportion(rewards.count(1.0), len(rows))
+    return Evaluation(right, tuple(each.text for each in prompts), tuple(texts), rewards, tuple(rollouts))

@@ -5,6 +5,8 @@ are in tokens and count the end token.
 """
 
 import math
+import resource
+import sys
 
 import torch
 
@@ -63,3 +65,12 @@ def mismatch_metrics(logp_BT: torch.Tensor, sampling_logp_BT: torch.Tensor, mask
         "sampling/sampling_logp_difference/mean": float(difference.mean()),
         "sampling/sampling_logp_difference/max": float(difference.max()),
     }
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Peak memory since the process began, in MiB: resident, and allocated by torch on `device` if that is CUDA."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS and KiB on Linux
+    metrics = {"memory/peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    if device.type == "cuda":
+        metrics["memory/peak_cuda_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return metrics

@@ -36,7 +36,7 @@ from qerl_compile.rl.prompts import PromptFormat, as_completion, end_token_ids, 
 from qerl_compile.rl.rewards import RewardFunction, Scores, score
 from qerl_compile.rl.rollout import Rollout, Sampling, generate
 from qerl_compile.rl.seeds import derive_seed
-from qerl_compile.rl.step_metrics import length_metrics, mismatch_metrics, reward_metrics
+from qerl_compile.rl.step_metrics import length_metrics, memory_metrics, mismatch_metrics, reward_metrics
 from qerl_compile.rl.tasks import Row, Task, columns
 from qerl_compile.transforming import resample_noise, state_of
 
@@ -56,6 +56,7 @@ class Trainer:
         prompt: how rows become prompts.
         extractor: how evaluations find the answer.
         report: receives one row of metrics per step and per evaluation.
+        record: receives the step and the whole evaluation, completions included.
     """
 
     model: Any
@@ -66,6 +67,7 @@ class Trainer:
     prompt: PromptFormat
     extractor: Extractor
     report: Report
+    record: Callable[[int, Evaluation], None] | None = None
 
     def __post_init__(self) -> None:
         self.config = self.recipe.train
@@ -112,6 +114,8 @@ class Trainer:
         greedy = self._sampling(0.0)
         result = evaluate(self.model, self.tokenizer, self.task, self.held_out, self.prompt, self.extractor, greedy)
         self.report({"step": step, **result.metrics(), "eval/time": time.perf_counter() - start})
+        if self.record is not None:
+            self.record(step, result)
         return result
 
     def step(self, step: int) -> dict[str, float | int]:
@@ -141,6 +145,7 @@ class Trainer:
             "time/rollout": rolled_out - start,
             "time/update": done - rolled_out,
             "step_time": done - start,
+            **memory_metrics(self.parameters[0].device),
         }
 
     def _rows(self, step: int) -> list[Row]:
@@ -185,7 +190,10 @@ class Trainer:
         )
 
     def _update(self, step: int, rollouts: Sequence[Rollout], advantages: Advantages) -> dict[str, float | int]:
-        """Take one optimizer step over the groups with signal; without any, leave everything as it is."""
+        """Take one optimizer step over the groups with signal.
+
+        Without any, or with a gradient that is not finite, adapters and optimizer stay as they are.
+        """
         config = self.config
         step_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
         rate = learning_rate(config, step)
@@ -202,7 +210,8 @@ class Trainer:
         if not parts:
             return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": rate, "update/rows": 0}
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        self.optimizer.step()
+        if bool(grad_norm.isfinite()):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         flat = [torch.cat([part.flat[name] for part in parts])[None] for name in ("logp", "sampling_logp", "entropy")]
         return {
@@ -229,7 +238,7 @@ class Trainer:
         result.loss.backward()
         kept = {"logp": logp_BC.detach(), "sampling_logp": batch.sampling_logp_BC, "entropy": entropy_BC}
         flat = {name: values_BC[batch.mask_BC] for name, values_BC in kept.items()}
-        return _Part(float(result.loss), result.counts, flat, len(batch.ids_BS))
+        return _Part(result.loss.item(), result.counts, flat, len(batch.ids_BS))
 
 
 @dataclass(frozen=True)
