@@ -10,6 +10,7 @@ member has arrived, because its members are quantized with one shared amax; ever
 bf16 form dropped, so full precision never coexists with the packed model.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -44,9 +45,12 @@ class Attacher:
         self._waiting[path] = weight
         group = self.plan.group_of(path)
         if all(member in self._waiting for member in group):
-            weights = {member: self._waiting.pop(member) for member in group}
-            for member, packed in quantize_group(weights).items():
-                self.packed(member, packed, self._dtypes.pop(member))
+            self._pack(group)
+
+    def _pack(self, members: Iterable[str]) -> None:
+        weights = {member: self._waiting.pop(member) for member in members}
+        for member, packed in quantize_group(weights).items():
+            self.packed(member, packed, self._dtypes.pop(member))
 
     def packed(self, path: str, packed: PackedNVFP4, dtype: torch.dtype) -> None:
         """Take an already packed weight; `dtype` is what the model computes in."""
@@ -56,7 +60,12 @@ class Attacher:
         """Attach adapters and noise, link, freeze everything but the adapters; return the plan as carried out.
 
         Groups whose members came packed with unequal global scales are dropped from the plan: one GEMM has one scale.
+        If some members came packed and others dense, the dense ones share an amax among themselves.
         """
+        for group in self.plan.groups:
+            left = [member for member in group if member in self._waiting]
+            if left:
+                self._pack(left)
         plan = replace(self.plan, groups=tuple(group for group in self.plan.groups if self._one_scale(group)))
         self.model.requires_grad_(False)
         generator = torch.Generator().manual_seed(self.seed)

@@ -55,7 +55,19 @@ def _rename(symbol: str, symbols: dict[str, str]) -> str:
 
 
 def _plain(argument: Any) -> str:
-    return str(argument).replace("torch.", "") if isinstance(argument, torch.dtype) else str(argument)
+    """Return an argument as text without devices, addresses or torch's module names."""
+    if isinstance(argument, torch.device):
+        return "device"
+    if isinstance(argument, torch.dtype):
+        return str(argument).removeprefix("torch.")
+    if isinstance(argument, slice):
+        return f"slice({', '.join(map(_plain, (argument.start, argument.stop, argument.step)))})"
+    if isinstance(argument, dict):
+        return f"{{{', '.join(f'{key}: {_plain(value)}' for key, value in argument.items())}}}"
+    if isinstance(argument, tuple | list):
+        items = ", ".join(map(_plain, argument))
+        return f"[{items}]" if isinstance(argument, list) else f"({items}{',' * (len(argument) == 1)})"
+    return getattr(argument, "__name__", str(argument)) if callable(argument) else str(argument)
 
 
 def _operation(node: fx.Node) -> str:

@@ -16,9 +16,6 @@ for all lengths. `dynamic=True` would also turn module floats such as eps into i
 What this module does not do: rewrite graphs (`backend.py`), or keep a cache of its own.
 """
 
-import inspect
-import itertools
-import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from qerl_compile.backend import GraphCompiler
+from qerl_compile.isolation import call_region, isolated
 from qerl_compile.passes import Fuse, LoRA, Noise, Pass, Quantize, Recompute
 
 if TYPE_CHECKING:
     from qerl_compile.model import TransformState
-
-RECOMPILE_LIMIT = 64
-"""Graphs per kind of region: gradients or none, first layer or not, batch 1 or more, one token or more, caches."""
 
 
 def passes_for(state: "TransformState") -> list[Pass]:
@@ -61,7 +56,7 @@ def compile_regions(model: nn.Module, state: "TransformState") -> None:
         if kind not in compiled:
             compiler = GraphCompiler(passes_for(state), lambda: named_tensors(model), state.inner)
             state.compilers.append(compiler)
-            compiled[kind] = _isolated(_call_region, compiler)
+            compiled[kind] = isolated(call_region, compiler)
         index = state.plan.layers.index(path) if path in state.plan.layers else None
         # nn.Module.compile() sets this same attribute; it takes no wrapper, which late-binding the cache needs.
         region._compiled_call_impl = _RegionCall(region, compiled[kind], index)
@@ -71,35 +66,12 @@ def compile_whole(model: nn.Module, state: "TransformState") -> Callable[..., An
     """Return the model's forward as one graph, for calls that carry a cache."""
     compiler = GraphCompiler(passes_for(state), lambda: named_tensors(model), state.inner)
     state.compilers.append(compiler)
-    compiled = _isolated(_call_forward, compiler)
+    compiled = isolated(_call_forward, compiler)
     return lambda *args, **kwargs: compiled(model, *args, **kwargs)
-
-
-def _call_region(region: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return region._call_impl(*args, **kwargs)
 
 
 def _call_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model.forward(*args, **kwargs)
-
-
-_serial = itertools.count()
-
-
-def _isolated(function: Callable[..., Any], compiler: GraphCompiler) -> Callable[..., Any]:
-    """Compile a private copy of `function`: Dynamo keeps graphs, and counts recompilations, per code object."""
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
-    private = types.FunctionType(code, function.__globals__, function.__name__)
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}  # torch's overloads do not list it yet
-        return torch.compile(private, backend=compiler, fullgraph=True, **limit)
-    compiled = torch.compile(private, backend=compiler, fullgraph=True)  # torch < 2.13
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            return compiled(*args, **kwargs)
-
-    return call
 
 
 class _RegionCall:

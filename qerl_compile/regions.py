@@ -13,6 +13,7 @@ What this module does not do: rewrite, or compile for running (`transform.py`).
 """
 
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from torch import fx, nn
 
 from qerl_compile.errors import GraphError
 from qerl_compile.graph import Program, linear_parts, unlift
+from qerl_compile.isolation import call_region, isolated
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -140,8 +142,8 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
     for path, layer in layers.items():
         representative = first.setdefault(kind(layer), path)
         if representative == path:
-            layer.compile(backend=_recorder(facts, path, names), fullgraph=True)
-    torch._dynamo.reset()
+            compiled = isolated(call_region, _recorder(facts, path, names))
+            layer._compiled_call_impl = functools.partial(compiled, layer)  # what nn.Module.compile() sets
     try:
         run_on_meta(shadow)
     except TorchDynamoException as fault:
@@ -151,6 +153,14 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
             got=str(fault).splitlines()[0],
             do="Report this model class; meanwhile torch.compile(model, backend='qerl') may work.",
         ) from fault
+    unseen = [path for path in first.values() if path not in facts]
+    if unseen:
+        raise GraphError(
+            where=unseen[0],
+            expected="a decoder layer that runs when the model is called on token ids",
+            got="a layer that is not called, such as one of a vision tower",
+            do="Use the text-only class of this model, such as Gemma3ForCausalLM.",
+        )
     return {path: facts[first[kind(layer)]].renamed(first[kind(layer)], path) for path, layer in layers.items()}
 
 

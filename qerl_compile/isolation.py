@@ -1,0 +1,40 @@
+"""torch.compile of a private copy of a function.
+
+Dynamo keeps compiled graphs, counts recompilations and remembers which sizes changed *per code object*. Two callers
+that compile the same function with different backends would therefore see each other's graphs, and share one limit.
+A copy whose code object is new and whose name is unique has a history of its own, so nothing global needs a reset.
+"""
+
+import inspect
+import itertools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+RECOMPILE_LIMIT = 64
+"""Graphs per kind of region: gradients or none, first layer or not, batch 1 or more, one token or more, caches."""
+
+_serial = itertools.count()
+
+
+def isolated(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a private copy of a plain `function` as one graph per set of guards."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
+    private = types.FunctionType(code, function.__globals__, function.__name__)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}  # torch's overloads do not list it yet
+        return torch.compile(private, backend=backend, fullgraph=True, **limit)
+    compiled = torch.compile(private, backend=backend, fullgraph=True)  # torch < 2.13
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def call_region(region: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module past its compiled call; hooks run. The function to isolate when a region is compiled."""
+    return region._call_impl(*args, **kwargs)
