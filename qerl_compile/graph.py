@@ -20,12 +20,13 @@ What this module does not do: know what the passes rewrite, or compile anything 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from qerl_compile.errors import GraphError
@@ -145,7 +146,8 @@ class Program:
         if not all("example_value" in argument.meta for argument in node.all_input_nodes):
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["example_value"])
-        with torch.no_grad():
+        # Symbolic sizes need torch's Python decompositions: linear's own C++ body asks for numbers (torch 2.11).
+        with torch.no_grad(), enable_python_dispatcher(), self.fake_mode or nullcontext():
             if callable(node.target):
                 node.meta["example_value"] = node.target(*args, **kwargs)
             else:
