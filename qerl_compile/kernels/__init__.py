@@ -4,6 +4,6 @@ Importing this package registers the `qerl::` operators with torch, so that grap
 Nothing is compiled here: the CPU kernel is built, and Triton is imported, when an operator first runs.
 """
 
-from qerl_compile.kernels import cpu, ops
+from qerl_compile.kernels import cpu, cuda, ops
 
-__all__ = ["cpu", "ops"]
+__all__ = ["cpu", "cuda", "ops"]

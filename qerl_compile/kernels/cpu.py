@@ -1,7 +1,7 @@
 """The operators' CPU form: which of three ways a call takes.
 
     few rows (M <= 48)    C++ reads the packed bytes and writes y; no weight is ever decoded to memory
-    many rows             C++ decodes a piece of P into a scratch buffer, torch multiplies, the next piece follows
+    many rows             C++ decodes a piece of P, torch multiplies, the piece is freed, the next one follows
     no compiler           the pieces come from cpu_products.py
 
 Exactness. P is exact in bf16 and float32, and `decode_scale` multiplies the float32 sum: in C++, or as `alpha` of
@@ -9,8 +9,9 @@ addmm, which oneDNN applies before its one rounding to bf16. (Multiplying y afte
 rounds every x.) float16 is computed in float32: undecoded sums exceed its range, and no CPU here multiplies it
 natively.
 
-Memory. The scratch holds at most SCRATCH_ELEMENTS products: 8 MiB in bf16, whatever the weight. y is cut along N and
-dx along K, so that each piece is finished in one product and nothing is accumulated in bf16 between pieces.
+Memory. A piece has at most PIECE_ELEMENTS products: 8 MiB in bf16, whatever the weight; larger ones were slower
+too. y is cut along N and dx along K, so that each piece is finished in one product and nothing is accumulated in bf16
+between pieces.
 
 Determinism. Equal calls give equal bits. A row of x gives equal y in any batch of at most 48 rows; above that oneDNN
 chooses its own order of summation for each shape, so M = 48 and M = 49 differ in the last bit.
@@ -18,8 +19,7 @@ chooses its own order of summation for each shape, so M = 48 and M = 49 differ i
 Shape legend: M activation rows, N output features, K input features, K2 = K/2 bytes, G = K/16 blocks.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+import functools
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from qerl_compile.kernels.cpu_products import write_products
 
 # Measured crossover on Zen 4, bf16 and float32, one and two threads: between 48 and 96 rows the two are equal.
 FEW_ROWS = 48
-SCRATCH_ELEMENTS = 2**22
+PIECE_ELEMENTS = 2**22
 
 _COMPUTE_DTYPE = {
     torch.bfloat16: torch.bfloat16,
@@ -45,20 +45,25 @@ _COMPUTE_DTYPE = {
 def linear(x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor) -> Tensor:
     """CPU form of `qerl::quantized_linear`; arguments, result and errors as there."""
     check_packed("qerl::quantized_linear", codes_NK2, block_decode_scale_NG, decode_scale)
-    k = codes_NK2.shape[1] * 2
+    n, k = codes_NK2.shape[0], codes_NK2.shape[1] * 2
     check_activation("qerl::quantized_linear", "x", x, codes_NK2, k)
-    n = codes_NK2.shape[0]
     native = cpu_native.load()
-    x_MK = x.reshape(-1, k)
+    x_MK, alpha = x.reshape(-1, k), decode_scale.item()
     if native is not None and x_MK.shape[0] <= FEW_ROWS and x.dtype != torch.float64:
         dtype = x.dtype if x.dtype in native.linear_dtypes else torch.float32
-        y_MN = native.linear(x_MK.to(dtype), codes_NK2, block_decode_scale_NG, decode_scale.item())
+        y_MN = native.linear(x_MK.to(dtype), codes_NK2, block_decode_scale_NG, alpha)
     else:
         dtype = _COMPUTE_DTYPE[x.dtype]
-        x_MK, alpha = x_MK.to(dtype), decode_scale.item()
-        y_MN = torch.empty(x_MK.shape[0], n, dtype=dtype)
-        for rows, products in _pieces(codes_NK2, block_decode_scale_NG, dtype, along="n"):
-            torch.addmm(y_MN[:, rows], x_MK, products.T, beta=0, alpha=alpha, out=y_MN[:, rows])
+        x_MK, y_MN = x_MK.to(dtype), torch.empty(x_MK.shape[0], n, dtype=dtype)
+        step = _extent_of_a_piece(k, 1)
+        if step >= n or weight_cache.active() is not None:
+            _multiply(x_MK, _products(codes_NK2, block_decode_scale_NG, dtype).T, alpha, y_MN)
+        else:
+            for start in range(0, n, step):
+                rows = slice(start, start + step)
+                piece = _decode(codes_NK2[rows], block_decode_scale_NG[rows], dtype)
+                _multiply(x_MK, piece.T, alpha, y_MN[:, rows])
+                del piece  # before the next one is made
     return y_MN.to(x.dtype).view(*x.shape[:-1], n)
 
 
@@ -71,8 +76,16 @@ def linear_dx(dy: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, deco
     dtype = _COMPUTE_DTYPE[dy.dtype]
     dy_MN, alpha = dy.reshape(-1, n).to(dtype), decode_scale.item()
     dx_MK = torch.empty(dy_MN.shape[0], k, dtype=dtype)
-    for columns, products in _pieces(codes_NK2, block_decode_scale_NG, dtype, along="k"):
-        torch.addmm(dx_MK[:, columns], dy_MN, products, beta=0, alpha=alpha, out=dx_MK[:, columns])
+    step = _extent_of_a_piece(n, BLOCK)
+    if step >= k or weight_cache.active() is not None:
+        _multiply(dy_MN, _products(codes_NK2, block_decode_scale_NG, dtype), alpha, dx_MK)
+    else:
+        for start in range(0, k, step):
+            stop = min(start + step, k)
+            codes, blocks = slice(start // 2, stop // 2), slice(start // BLOCK, stop // BLOCK)
+            piece = _decode(codes_NK2[:, codes], block_decode_scale_NG[:, blocks], dtype)
+            _multiply(dy_MN, piece, alpha, dx_MK[:, start:stop])
+            del piece  # before the next one is made
     return dx_MK.to(dy.dtype).view(*dy.shape[:-1], k)
 
 
@@ -81,54 +94,39 @@ def dequantize(codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: T
     """CPU form of `qerl::dequantize`; arguments, result and errors as there."""
     check_packed("qerl::dequantize", codes_NK2, block_decode_scale_NG, decode_scale)
     check_dtype("qerl::dequantize", dtype)
-    w_NK = torch.empty(codes_NK2.shape[0], codes_NK2.shape[1] * 2, dtype=dtype)
+    n, k = codes_NK2.shape[0], codes_NK2.shape[1] * 2
+    w_NK = torch.empty(n, k, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for rows, products in _pieces(codes_NK2, block_decode_scale_NG, wide, along="n"):
-        w_NK[rows] = products * decode_scale
+    step = _extent_of_a_piece(k, 1)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        w_NK[rows] = _decode(codes_NK2[rows], block_decode_scale_NG[rows], wide).mul_(decode_scale)
     return w_NK
 
 
-def _pieces(
-    codes_NK2: Tensor, block_decode_scale_NG: Tensor, dtype: torch.dtype, along: Literal["n", "k"]
-) -> Iterator[tuple[slice, Tensor]]:
-    """Cut P along one axis; each piece is valid until the next is asked for. With the cache on, P is one piece."""
-    n, k = codes_NK2.shape[0], codes_NK2.shape[1] * 2
-    extent, across, unit = (n, k, 1) if along == "n" else (k, n, BLOCK)
-    if (cache := weight_cache.active()) is not None:
-        yield slice(0, extent), _cached(cache, codes_NK2, block_decode_scale_NG, dtype)
-        return
-    step = min(extent, max(1, SCRATCH_ELEMENTS // (across * unit)) * unit)
-    scratch = torch.empty(step * across, dtype=dtype)
-    for start in range(0, extent, step):
-        stop = min(start + step, extent)
-        if along == "n":
-            codes, blocks = codes_NK2[start:stop], block_decode_scale_NG[start:stop]
-        else:
-            codes = codes_NK2[:, start // 2 : stop // 2]
-            blocks = block_decode_scale_NG[:, start // BLOCK : stop // BLOCK]
-        piece = scratch[: (stop - start) * across].view(codes.shape[0], -1)
-        _write_products(codes, blocks, piece)
-        yield slice(start, stop), piece
+def _extent_of_a_piece(across: int, unit: int) -> int:
+    """How far to go along one axis of P, in multiples of `unit`, so that a piece has at most PIECE_ELEMENTS."""
+    return max(1, PIECE_ELEMENTS // (across * unit)) * unit
 
 
-def _cached(
-    cache: weight_cache.WeightCache, codes_NK2: Tensor, block_decode_scale_NG: Tensor, dtype: torch.dtype
-) -> Tensor:
-    def decode() -> Tensor:
-        products_NK = torch.empty(codes_NK2.shape[0], codes_NK2.shape[1] * 2, dtype=dtype)
-        _write_products(codes_NK2, block_decode_scale_NG, products_NK)
-        return products_NK
+def _multiply(a: Tensor, b: Tensor, alpha: float, out: Tensor) -> None:
+    """out = (a · b) · alpha, rounded once; what `out` holds before is not read."""
+    torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
 
+
+def _products(codes_NK2: Tensor, block_decode_scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
+    """The whole of P [N, K], from the cache if that is on."""
+    if (cache := weight_cache.active()) is None:
+        return _decode(codes_NK2, block_decode_scale_NG, dtype)
+    decode = functools.partial(_decode, codes_NK2, block_decode_scale_NG, dtype)
     return cache.get(codes_NK2, block_decode_scale_NG, dtype, decode)
 
 
-def _write_products(codes_NK2: Tensor, block_decode_scale_NG: Tensor, out_NK: Tensor) -> None:
+def _decode(codes_NK2: Tensor, block_decode_scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
+    """P [N, K] by the fastest means there is."""
     native = cpu_native.load()
-    if native is None:
-        write_products(codes_NK2, block_decode_scale_NG, out_NK)
-    elif out_NK.dtype == torch.float64:
-        narrow_NK = torch.empty_like(out_NK, dtype=torch.float32)
-        native.products(codes_NK2, block_decode_scale_NG, narrow_NK)
-        out_NK.copy_(narrow_NK)
-    else:
-        native.products(codes_NK2, block_decode_scale_NG, out_NK)
+    exact = torch.float32 if dtype == torch.float64 and native is not None else dtype
+    products_NK = torch.empty(codes_NK2.shape[0], codes_NK2.shape[1] * 2, dtype=exact)
+    write = write_products if native is None else native.products
+    write(codes_NK2, block_decode_scale_NG, products_NK)
+    return products_NK.to(dtype)

@@ -72,6 +72,8 @@ def test_an_in_place_change_is_seen(path: str, changed: int) -> None:
         weight.args[changed].copy_(other.args[changed])
         got = forward_and_dx(weight)
         cached_bytes = cache.nbytes
+        products = cache.get(*weight.args[:2], torch.float32, pytest.fail)  # and the new one is kept
+        assert products.shape == (24, 48)
     assert cached_bytes == 24 * 48 * 4  # replaced, not added
     for a, b in zip(got, forward_and_dx(weight), strict=True):
         assert torch.equal(a, b)
@@ -118,8 +120,9 @@ def test_inference_tensors_are_not_cached() -> None:
 
 def test_leaving_restores_the_outer_cache_even_after_an_error() -> None:
     with weight_cache.enabled() as outer:
+        weight = make_weight(24, 48)
         with pytest.raises(KeyError), weight_cache.enabled() as inner:
-            forward_and_dx(make_weight(24, 48))
+            forward_and_dx(weight)
             raise KeyError
         assert weight_cache.active() is outer
         assert inner.nbytes == 0
