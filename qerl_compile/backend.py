@@ -16,6 +16,7 @@ What this module does not do: decide what is rewritten (plan.py), or where graph
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +26,10 @@ from torch import Tensor, fx
 from torch._guards import TracingContext
 
 from qerl_compile.errors import RecipeError
-from qerl_compile.graph import Program, bind, gather, unlift
+from qerl_compile.graph import Program, bind, gather, linear_parts, unlift
 from qerl_compile.graphdiff import graph_text
 from qerl_compile.passes import FakeQuantize, Fuse, Pass
+from qerl_compile.plan import check_columns
 from qerl_compile.recipe import Recipe
 from qerl_compile.regions import layer_facts
 
@@ -122,6 +124,7 @@ def qerl(
 
     Raises:
         RecipeError: unknown options, an unknown inner compiler, or a recipe with lora or noise rules.
+        FormatError: a selected linear's K is no multiple of 16. torch wraps both in its BackendCompilerFailed.
     """
     given = dict(options or {})
     recipe = _quantize_rules(given.pop("recipe", None))
@@ -139,6 +142,16 @@ def qerl(
         return rule is not None and rule.format != "none"
 
     program = unlift(gm, example_inputs, _source_names(gm, example_inputs))
+    linears = [(path, linear_parts(node).weight) for node, path in program.linears()]
+    for path, weight in linears:
+        if selects(path):
+            check_columns(path, weight.meta["example_value"])
+    if linears and not any(selects(path) for path, _ in linears):
+        warnings.warn(
+            f"backend qerl: the recipe selects none of the {len(linears)} linears of this graph, such as "
+            f"{linears[0][0]!r}; it stays as it is.",
+            stacklevel=2,
+        )
     selected = [tuple(path for path in group if selects(path)) for group in layer_facts(program).groups]
     for one in (Fuse(tuple(group for group in selected if len(group) > 1)), FakeQuantize(selects)):
         one(program)

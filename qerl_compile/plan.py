@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from qerl_compile.errors import FormatError, RecipeError
 from qerl_compile.formats.nvfp4 import BLOCK
@@ -162,8 +162,13 @@ def _refuse_unused(where: str, pattern: str, paths: list[str], *, shadowed: bool
     raise RecipeError(where=where, expected="a pattern that selects at least one module", got=got, do=do)
 
 
-def _check_packable(model: nn.Module, path: str, linear: nn.Linear) -> None:
-    features_out, features_in = linear.weight.shape
+def check_columns(path: str, weight: Tensor) -> None:
+    """Refuse a weight [N, K] whose K is no multiple of the block size; its values are not looked at.
+
+    Raises:
+        FormatError: naming the module.
+    """
+    features_out, features_in = weight.shape
     if features_in % BLOCK:
         raise FormatError(
             where=path,
@@ -171,6 +176,10 @@ def _check_packable(model: nn.Module, path: str, linear: nn.Linear) -> None:
             got=f"a weight of shape [{features_out}, {features_in}]",
             do=f"Exclude it with an earlier rule: {{match: {re.escape(path)!r}, format: none}}.",
         )
+
+
+def _check_packable(model: nn.Module, path: str, linear: nn.Linear) -> None:
+    check_columns(path, linear.weight)
     sharers = [name for name, module in model.named_modules() if getattr(module, "weight", None) is linear.weight]
     if len(sharers) > 1:
         raise RecipeError(
