@@ -8,7 +8,9 @@
                        since it would cast block scales and adapters
     copy.deepcopy      copies what is owned, derives the links, compiles afresh
     save_pretrained    refused, naming the exporters: the state_dict holds packed tensors that only they describe
-    gradient_checkpointing_enable    switches the recompute pass on (Hugging Face's own would hide the linears)
+    gradient_checkpointing_enable, activation_checkpointing_enable
+                       switch the recompute pass on (Hugging Face's own would hide the linears); a model that comes
+                       with it switched on gets the pass instead
 
 `TransformState` hangs on the model as `model.qerl`: recipe, plan, compiler choice. It holds no tensors.
 """
@@ -110,10 +112,17 @@ class QerlModel(nn.Module):
         self.qerl.recompute = False
         self.compile_graphs()
 
+    activation_checkpointing_enable = gradient_checkpointing_enable  # their name from transformers 5.23 on
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
 
 def become_qerl(model: nn.Module, state: TransformState) -> None:
     """Swap the class of `model` for its qerl subclass and compile; the object stays the same."""
     cls = type(model)
+    hiding = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in hiding:
+        vars(module)["gradient_checkpointing"] = False
+    state.recompute = state.recompute or bool(hiding)
     model.__class__ = _subclass(cls)
     model.__dict__["qerl"] = state
     cast(QerlModel, model).compile_graphs()

@@ -19,7 +19,7 @@ def stages(family: str) -> dict[str, str]:
 
 
 def pass_diff(family: str, name: str) -> str:
-    """The unified diff of what one pass did to the layer, without context and line numbers: other lines may come and go."""
+    """The unified diff of what one pass did to the layer, without context and line numbers."""
     texts = stages(family)
     before = list(texts)[list(texts).index(name) - 1]
     lines = diff(texts[before], texts[name])
