@@ -160,9 +160,7 @@ def _quantize(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @ops.dequantize.register_kernel("cuda")
-def _dequantize(
-    codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _dequantize(codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
     from qerl_compile.kernels.nvfp4_dequantize import dequantize_into
 
     check_packed("qerl::dequantize", codes_NK2, block_decode_scale_NG, decode_scale)

@@ -30,15 +30,15 @@ _DECODE = {
     32: {"BM": 32, "BN": 64, "BK": 128, "SWAP": 0, "num_warps": 4, "num_stages": 4},
     64: {"BM": 64, "BN": 64, "BK": 128, "SWAP": 0, "num_warps": 4, "num_stages": 4},
 }
-_NARROW = {"rows": 64, "consumers": 1, "slots_w": 4, "slots_x": 16, "group": 4, "registers": 0, "max_registers": 80}
-_WIDE = {"rows": 64, "consumers": 2, "slots_w": 4, "slots_x": 12, "group": 4, "registers": 240, "max_registers": 0}
+_NARROW = {"rows": 64, "consumers": 1, "slots_w": 4, "slots_x": 4, "registers": 0, "max_registers": 80, "dependent": 1}
+_WIDE = {"rows": 64, "consumers": 2, "slots_w": 4, "slots_x": 3, "registers": 240, "max_registers": 0, "dependent": 0}
 _HOPPER = {
     8: {**_NARROW, "tokens": 8, "per_sm": 3, "waves": -1},
     16: {**_NARROW, "tokens": 16, "per_sm": 3, "waves": -1},
     32: {**_NARROW, "tokens": 32, "per_sm": 2, "waves": -1},
     64: {**_WIDE, "tokens": 64, "per_sm": 1, "waves": -1},
-    128: {**_WIDE, "tokens": 128, "slots_x": 8, "group": 1, "per_sm": 1, "waves": -1},
-    256: {**_WIDE, "tokens": 256, "slots_x": 5, "group": 1, "per_sm": 1, "waves": -1},
+    128: {**_WIDE, "tokens": 128, "slots_x": 4, "per_sm": 1, "waves": -1},
+    256: {**_WIDE, "tokens": 256, "slots_x": 5, "per_sm": 1, "waves": -1},
 }
 _DX_SMALL = {"kernel": "dx", "BM": 64, "BK": 128, "BN": 64, "num_warps": 4, "num_stages": 4}
 

@@ -143,4 +143,3 @@ def linear(
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return y_MN
-

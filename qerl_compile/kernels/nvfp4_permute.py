@@ -1,8 +1,9 @@
 """Columns of x in the order in which the Hopper kernel meets those of W.
 
 nvfp4_wgmma_layouts.py renames the columns of every 256: thread t of a quad takes columns 64 t to 64 t + 63. One lane
-here moves one word's worth of x, eight neighbours (16 bytes), to the four places of its pairs (i, i + 4). The pass
-reads and writes x once; at decode sizes that is launch latency, which programmatic dependent launch hides behind the
+here moves one word's worth of x, eight neighbours (16 bytes), to the four places of its pairs (i, i + 4). Planes of 64
+positions are laid one after the other for every tile of tokens, so that the copy engine fetches several at once. The
+pass reads and writes x once; at decode sizes that is launch latency, which programmatic dependent launch hides behind the
 kernels around it.
 """
 
@@ -19,7 +20,7 @@ LANES = 512
 
 
 @triton.jit(do_not_specialize=["M"])
-def _kernel(x_ptr, out_ptr, K, stride_x, M, LANES: tl.constexpr, DEPENDENT: tl.constexpr):
+def _kernel(x_ptr, out_ptr, K, stride_x, M, TOKENS: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr):
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
@@ -37,35 +38,40 @@ def _kernel(x_ptr, out_ptr, K, stride_x, M, LANES: tl.constexpr, DEPENDENT: tl.c
     w02, w13 = tl.split(words.reshape(LANES, 2, 2))
     w0, w2 = tl.split(w02)
     w1, w3 = tl.split(w13)
-    out = out_ptr + m * (K // 2) + group * 128 + half * 64 + word * 8 + t
+    plane = m // TOKENS * (K // 64) + group * 4 + half * 2
+    out = out_ptr + (plane * TOKENS + m % TOKENS) * 32 + word * 8 + t
     tl.store(out, (w0 & 0xFFFF) | (w2 << 16), mask=inside)
     tl.store(out + 4, ((w0 >> 16) & 0xFFFF) | (w2 & -65536), mask=inside)
-    tl.store(out + 32, (w1 & 0xFFFF) | (w3 << 16), mask=inside)
-    tl.store(out + 36, ((w1 >> 16) & 0xFFFF) | (w3 & -65536), mask=inside)
+    tl.store(out + TOKENS * 32, (w1 & 0xFFFF) | (w3 << 16), mask=inside)
+    tl.store(out + TOKENS * 32 + 4, ((w1 >> 16) & 0xFFFF) | (w3 & -65536), mask=inside)
 
 
-def permute(x_MK: Tensor, *, dependent: bool = False) -> Tensor:
-    """Reorder the columns of x for `nvfp4_wgmma.kernel`.
+def permute(x_MK: Tensor, tokens: int, *, dependent: bool = False) -> Tensor:
+    """Reorder x for `nvfp4_wgmma.kernel`.
 
     Args:
         x_MK: 2-byte dtype [M, K], rows contiguous and 4-byte aligned, K a multiple of 256.
+        tokens: of a tile.
         dependent: use programmatic dependent launch (Hopper and newer).
 
     Returns:
-        [M, K] contiguous, same dtype.
+        [ceil(M / tokens) * (K / 64) * tokens, 64], same dtype: tile of tokens, plane, token, position. Rows of tokens
+        from M on are not written: they feed output columns that nobody stores.
     """
     m, k = x_MK.shape
-    out_MK = torch.empty(m, k, dtype=x_MK.dtype, device=x_MK.device)
+    rows = triton.cdiv(m, tokens) * tokens * (k // 64)
+    out = torch.empty(rows, 64, dtype=x_MK.dtype, device=x_MK.device)
     words = x_MK.view(torch.int32)
     extra = {"launch_pdl": True} if dependent else {}
     _kernel[(triton.cdiv(m * (k // 8), LANES),)](
-        words, out_MK.view(torch.int32), k, words.stride(0), m, LANES=LANES, DEPENDENT=dependent, num_warps=4, **extra
-    )
-    return out_MK
+        words, out.view(torch.int32), k, words.stride(0), m,
+        TOKENS=tokens, LANES=LANES, DEPENDENT=dependent, num_warps=4, **extra,
+    )  # fmt: skip
+    return out
 
 
 def column_order(k: int) -> Tensor:
-    """The permutation as an index: out[:, i] = x[:, column_order(k)[i]]. For tests and documentation."""
+    """The permutation as an index: plane p of a row is x[column_order(k)[64 p : 64 p + 64]]. For tests, as a definition."""
     i = torch.arange(k)
     position = i % 64
     low_bit, t, pair, word = position % 2, position // 2 % 4, position // 8 % 2, position // 16

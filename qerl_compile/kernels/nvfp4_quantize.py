@@ -7,9 +7,12 @@ one element with torch, in the weight's own dtype, as the format demands. Pass 2
     block = e4m3(min(global_scale * r(amax / 6), 448)), zero -> 0.125        r: rounding to the weight's dtype
     code  = e2m1(w / (block / global_scale))                                 fp32, IEEE divisions
 
-with `div_rn`, because Triton's `/` is an approximation. Rounding to E4M3 is integer arithmetic (add half, keep ties
-even); rounding to E2M1 compares with the seven midpoints, a tie going to the even code. A negative number keeps its
-sign when it rounds to zero (code 8), an exact zero of either sign is code 0.
+The divisions must round as IEEE divisions do. One reciprocal per block does for sixteen of them: with r = 1/step rounded
+correctly and q = w r, the remainder w - q step is exact in an fma, and q + remainder * r is the correctly rounded
+quotient (Markstein's theorem), unless something underflows; so w and step are first brought near 1 by a common power of
+two where step is extreme. Rounding to E4M3 is integer arithmetic (add half, keep ties even). Rounding to E2M1 is
+formats/e2m1.py's min(round(2a), round(a) + 2, round(a/2) + 4); adding 1.5 * 2^23 in fp32 rounds to an integer, ties to
+even. A negative number keeps its sign when it rounds to zero (code 8), an exact zero of either sign is code 0.
 """
 
 # ruff: noqa: ANN001, ANN201
@@ -50,6 +53,11 @@ def _from_e4m3(byte):
 
 
 @triton.jit
+def _per_weight(block_value, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    return tl.broadcast_to(block_value[:, :, None], (ROWS, BLOCKS, 16))
+
+
+@triton.jit
 def _kernel(w_ptr, global_ptr, codes_ptr, block_ptr, N, K, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
@@ -65,11 +73,19 @@ def _kernel(w_ptr, global_ptr, codes_ptr, block_ptr, N, K, ROWS: tl.constexpr, B
     byte = _to_e4m3(tl.minimum(global_scale * sixth, 448.0))
     byte = tl.where(byte == 0, 0x20, byte)  # 0.125
     step = tl.div_rn(_from_e4m3(byte), amax * 0.0 + global_scale)
-    q = tl.div_rn(w3, tl.broadcast_to(step[:, :, None], (ROWS, BLOCKS, 16)))
-    a = tl.abs(q)
-    code = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32) + (a >= 1.75).to(tl.int32)
-    code += (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32) + (a > 5.0).to(tl.int32)
-    code = code | ((q < 0).to(tl.int32) << 3)
+    lift = tl.where(step < 2.0**-60, 2.0**64, tl.where(step > 2.0**60, 2.0**-64, 1.0))
+    unit = step * lift
+    inverse = _per_weight(tl.div_rn(amax * 0.0 + 1.0, unit), ROWS, BLOCKS)
+    unit = _per_weight(unit, ROWS, BLOCKS)
+    w3 = w3 * _per_weight(lift, ROWS, BLOCKS)
+    q = w3 * inverse
+    q = tl.fma(tl.fma(-q, unit, w3), inverse, q)
+    a = tl.minimum(tl.abs(q), 6.0)
+    round_magic = 12582912.0
+    rounded = tl.minimum(tl.fma(a, 2.0, round_magic), a + (round_magic + 2.0))
+    rounded = tl.minimum(rounded, tl.fma(a, 0.5, round_magic + 4.0))
+    code = rounded.to(tl.int32, bitcast=True) & 7
+    code = tl.where(q < 0, code | 8, code)
     low, high = tl.split(code.reshape(ROWS, BLOCKS * 8, 2))
     byte_at = tl.program_id(0) * (BLOCKS * 8) + tl.arange(0, BLOCKS * 8)
     packed = (low | (high << 4)).to(tl.uint8)

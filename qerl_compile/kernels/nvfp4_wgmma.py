@@ -40,6 +40,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qerl_compile.kernels.nvfp4_wgmma_layouts import (
+    CODES_SMEM,
+    X_SMEM,
+    a_operand,
+    accumulator,
+    codes as codes_layout,
+    half,
+    half_blocks,
+    partial,
+    scales as scales_layout,
+)
+
+W_SMEM: gl.constexpr = gl.constexpr(CODES_SMEM)
+XT_SMEM: gl.constexpr = gl.constexpr(X_SMEM)
+
 
 @gluon.jit
 def _scale_pair(words, BYTE: gl.constexpr):
@@ -79,12 +94,14 @@ def _half_scales(words, HALF: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _plane(codes, scales, HIGH: gl.constexpr, ROWS: gl.constexpr, HALF: gl.constexpr, HALF3: gl.constexpr, A_DOT: gl.constexpr):  # noqa: E501
+def _plane(codes, scales, HIGH: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr):
     """codes [ROWS, 64] bytes, scales [ROWS, 8] -> A operand [ROWS, 64], bf16 code * scale * 2^-8, exact.
 
     Per word, two masks (0x000F000F, 0x00F000F0) pick two pairs of nibbles s|ee|m; a product with 2^12 + 2^6 or
     2^8 + 2^2 puts the sign at bit 15 and ee|m at bits 8..6, which reads as value * 2^-126 in bfloat16.
     """
+    HALF: gl.constexpr = half(ROWS)
+    HALF3: gl.constexpr = half_blocks(ROWS)
     s = gl.expand_dims(gl.convert_layout(scales, gl.SliceLayout(2, HALF3)), 2)
     s = gl.convert_layout(s, HALF3).broadcast_to([ROWS, 8, 8]).reshape([ROWS, 64])
     START: gl.constexpr = "shr.u32 v, $2, 8;" if HIGH else "mov.b32 v, $2;"
@@ -113,51 +130,52 @@ def _plane(codes, scales, HIGH: gl.constexpr, ROWS: gl.constexpr, HALF: gl.const
     )
     # rows (hi, g2, g0, g1, h), bytes (t, word, b1, b0) -> rows (hi, h, g2, g1, g0), positions (word, b1, t, b0)
     p = p.reshape([ROWS // 16, 2, 2, 2, 2, 4, 4, 2, 2]).permute([0, 4, 1, 3, 2, 6, 7, 5, 8])
-    return gl.convert_layout(p.reshape([ROWS, 64]), A_DOT)
+    return gl.convert_layout(p.reshape([ROWS, 64]), a_operand(TOKENS))
 
 
 @gluon.jit
-def _wait_x(q, full_x, SLOTS_X: gl.constexpr, GROUP: gl.constexpr):
-    g = q // GROUP
-    mbarrier.wait(full_x.index(g % (SLOTS_X // GROUP)), (g // (SLOTS_X // GROUP)) & 1)
-
-
-@gluon.jit
-def _release_x(q, empty_x, SLOTS_X: gl.constexpr, GROUP: gl.constexpr):
-    """Every plane before q has been multiplied: give back the group of x that ends there."""
-    mbarrier.arrive(empty_x.index((q // GROUP - 1) % (SLOTS_X // GROUP)), count=1)
+def _next(slot, phase, SLOTS: gl.constexpr):
+    """The slot after this one in a ring, and the parity of its barrier. A division here would cost more than a copy."""
+    last = slot == SLOTS - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
 def _tile(
-    it, scales, FIRST: gl.constexpr, acc, C: gl.constexpr, x_smem, w_smem, full_x, empty_x, full_w, empty_w,
-    CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
-    A_DOT: gl.constexpr, CODES: gl.constexpr, HALF: gl.constexpr, HALF3: gl.constexpr,
+    scales, FIRST: gl.constexpr, acc, C: gl.constexpr, w_slot, w_phase, x_slot, x_phase,
+    x_smem, w_smem, full_x, empty_x, full_w, empty_w,
+    TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    """acc += W tile `it` (ROWS x 256) · xᵀ; on return the last plane is still in flight, unless it is the only one."""
-    slot = it % SLOTS_W
-    mbarrier.wait(full_w.index(slot), (it // SLOTS_W) & 1)
-    codes = w_smem.index(slot * CONSUMERS + C).load(CODES)
-    mbarrier.arrive(empty_w.index(slot), count=1)
+    """acc += one W tile (ROWS x 256) · xᵀ. On return the last plane is still in flight. Gives the rings' next slots."""
+    mbarrier.wait(full_w.index(w_slot), w_phase)
+    codes = w_smem.index(w_slot * CONSUMERS + C).load(codes_layout(ROWS))
     w0, w1 = gl.split(codes.reshape([ROWS, 4, 2, 16]).permute([0, 1, 3, 2]))
     for j in gl.static_range(4):
         if j < 2:
-            a = _plane(w0.reshape([ROWS, 64]), _half_scales(scales, 0, ROWS), j == 1, ROWS, HALF, HALF3, A_DOT)
+            a = _plane(w0.reshape([ROWS, 64]), _half_scales(scales, 0, ROWS), j == 1, TOKENS, ROWS)
         else:
-            a = _plane(w1.reshape([ROWS, 64]), _half_scales(scales, 1, ROWS), j == 3, ROWS, HALF, HALF3, A_DOT)
-        q = it * 4 + j
+            a = _plane(w1.reshape([ROWS, 64]), _half_scales(scales, 1, ROWS), j == 3, TOKENS, ROWS)
         if j % GROUP == 0:
-            _wait_x(q, full_x, SLOTS_X, GROUP)
-        acc = warpgroup_mma(a, x_smem.index(q % SLOTS_X).permute((1, 0)), acc, is_async=True)
+            mbarrier.wait(full_x.index(x_slot), x_phase)
+        plane_x = x_smem.index(x_slot).slice(j % GROUP * TOKENS, TOKENS, 0)
+        acc = warpgroup_mma(a, plane_x.permute((1, 0)), acc, is_async=True)
         if not (FIRST and j == 0):
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-            if j % GROUP == 0:
-                _release_x(q, empty_x, SLOTS_X, GROUP)
-    return acc
+            if j % GROUP == 0:  # the planes before this one are multiplied: give their slot back
+                mbarrier.arrive(empty_x.index(gl.where(x_slot == 0, SLOTS_X - 1, x_slot - 1)), count=1)
+        if j % GROUP == GROUP - 1:
+            x_slot, x_phase = _next(x_slot, x_phase, SLOTS_X)
+    # Only now: the last planes are in the tensor core, so the loads above have arrived in every warp. Given back right
+    # after the loads, the slot was overwritten by the copy engine before a slow warp had read it.
+    mbarrier.arrive(empty_w.index(w_slot), count=1)
+    w_slot, w_phase = _next(w_slot, w_phase, SLOTS_W)
+    return acc, w_slot, w_phase, x_slot, x_phase
 
 
 @gluon.jit
-def _scale_offsets(row0, tile_k, N, words_per_row, ROWS: gl.constexpr, SCALES: gl.constexpr):
+def _scale_offsets(row0, tile_k, N, words_per_row, ROWS: gl.constexpr):
+    SCALES: gl.constexpr = scales_layout(ROWS)
     row = gl.minimum(row0 + gl.arange(0, ROWS, gl.SliceLayout(1, SCALES)), N - 1)
     return row[:, None] * words_per_row + gl.arange(0, 4, gl.SliceLayout(0, SCALES))[None, :] + tile_k * 4
 
@@ -167,9 +185,10 @@ def _consumer(
     C: gl.constexpr, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr, flag_ptr,
     M, N, k_tiles, m_tiles, waves, units, stride_y,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
-    GROUP: gl.constexpr, ACC: gl.constexpr, A_DOT: gl.constexpr, CODES: gl.constexpr, SCALES: gl.constexpr,
-    HALF: gl.constexpr, HALF3: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
+    ACC: gl.constexpr = accumulator(TOKENS)
+    PART: gl.constexpr = partial(TOKENS, ROWS)
     workers = gl.num_programs(0)
     worker = workers - 1 - gl.program_id(0)
     base = waves * workers  # tiles that are done whole
@@ -177,15 +196,13 @@ def _consumer(
     last_unit = ((worker + 1) * units) // workers
     words = k_tiles * 4
     wave = 0
-    it = 0
+    w_slot, w_phase, x_slot, x_phase = 0, 0, 0, 0
     tile = gl.where(waves > 0, worker, base + unit // k_tiles)
     first_k = gl.where(waves > 0, 0, unit % k_tiles)
     row0 = (tile // m_tiles * CONSUMERS + C) * ROWS
-    upcoming = gl.load(block_ptr + _scale_offsets(row0, first_k, N, words, ROWS, SCALES))
-    # partial sums lie as [TOKENS / 8, ROWS, 8]: 256 contiguous bytes per warp and access
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
-    col = gl.arange(0, TOKENS, gl.SliceLayout(0, ACC))
-    part = row[:, None] * 8 + (col & 7)[None, :] + ((col >> 3) * (ROWS * 8))[None, :]
+    upcoming = gl.load(block_ptr + _scale_offsets(row0, first_k, N, words, ROWS))
+    part = gl.arange(0, ROWS * TOKENS, PART).reshape([TOKENS // 8, ROWS, 8]).permute([1, 0, 2]).reshape([ROWS, TOKENS])
+    part = gl.convert_layout(part, ACC)
     while (wave < waves) | (unit < last_unit):
         whole = wave < waves
         n = gl.where(whole, k_tiles, gl.minimum(k_tiles - first_k, last_unit - unit))
@@ -196,26 +213,25 @@ def _consumer(
         next_tile = gl.where(next_whole, (wave + 1) * workers + worker, base + next_unit // k_tiles)
         next_tile = gl.where(more, next_tile, tile)
         next_k = gl.where(next_whole | (more == 0), 0, next_unit % k_tiles)
-        here = _scale_offsets((tile // m_tiles * CONSUMERS + C) * ROWS, first_k, N, words, ROWS, SCALES)
-        there = _scale_offsets((next_tile // m_tiles * CONSUMERS + C) * ROWS, next_k, N, words, ROWS, SCALES)
+        here = _scale_offsets((tile // m_tiles * CONSUMERS + C) * ROWS, first_k, N, words, ROWS)
+        there = _scale_offsets((next_tile // m_tiles * CONSUMERS + C) * ROWS, next_k, N, words, ROWS)
 
         scales = upcoming
         upcoming = gl.load(block_ptr + gl.where(n > 1, here + 4, there))
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.float32, layout=ACC))
-        acc = _tile(
-            it, scales, True, acc, C, x_smem, w_smem, full_x, empty_x, full_w, empty_w, CONSUMERS, SLOTS_W, SLOTS_X,
-            GROUP, ROWS, A_DOT, CODES, HALF, HALF3,
+        acc, w_slot, w_phase, x_slot, x_phase = _tile(
+            scales, True, acc, C, w_slot, w_phase, x_slot, x_phase, x_smem, w_smem, full_x, empty_x, full_w, empty_w,
+            TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP,
         )  # fmt: skip
         for i in range(1, n):
             scales = upcoming
             upcoming = gl.load(block_ptr + gl.where(i + 1 < n, here + (i + 1) * 4, there))
-            acc = _tile(
-                it + i, scales, False, acc, C, x_smem, w_smem, full_x, empty_x, full_w, empty_w, CONSUMERS, SLOTS_W,
-                SLOTS_X, GROUP, ROWS, A_DOT, CODES, HALF, HALF3,
+            acc, w_slot, w_phase, x_slot, x_phase = _tile(
+                scales, False, acc, C, w_slot, w_phase, x_slot, x_phase, x_smem, w_smem, full_x, empty_x, full_w,
+                empty_w, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP,
             )  # fmt: skip
         out = warpgroup_mma_wait(0, deps=[acc])
-        it += n
-        _release_x(it * 4, empty_x, SLOTS_X, GROUP)
+        mbarrier.arrive(empty_x.index(gl.where(x_slot == 0, SLOTS_X - 1, x_slot - 1)), count=1)
 
         if first_k > 0:  # the CTA that began this tile will finish it
             gl.store(part_ptr + (worker * CONSUMERS + C) * (ROWS * TOKENS) + part, out)
@@ -248,86 +264,68 @@ def _consumer(
 
 
 @gluon.jit
-def _advance(tile, k, wave, waves, k_tiles, workers, worker, shared_tile, shared_k):
-    """The k tile after (tile, k) in the order of the consumers' loop."""
-    done = k + 1 == k_tiles
-    whole = wave < waves
-    wave = gl.where(whole & done, wave + 1, wave)
-    enters_shared = whole & done & (wave >= waves)
-    tile = gl.where(done, gl.where(wave < waves, wave * workers + worker, tile + 1), tile)
-    k = gl.where(done, 0, k + 1)
-    return gl.where(enters_shared, shared_tile, tile), gl.where(enters_shared, shared_k, k), wave
-
-
-@gluon.jit
 def _producer(
     x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w, k_tiles, m_tiles, waves, units,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
+    """Walk the consumers' loop ahead of them. Its inner body is short on purpose: it is what bounds a small tile."""
     workers = gl.num_programs(0)
     worker = workers - 1 - gl.program_id(0)
+    base = waves * workers
     unit = (worker * units) // workers
-    total = waves * k_tiles + ((worker + 1) * units) // workers - unit
-    shared_tile = waves * workers + unit // k_tiles
-    shared_k = unit % k_tiles
-    tile = gl.where(waves > 0, worker, shared_tile)
-    k = gl.where(waves > 0, 0, shared_k)
+    last_unit = ((worker + 1) * units) // workers
     wave = 0
-    ahead_tile, ahead_k, ahead_wave = tile, k, wave
-    AHEAD: gl.constexpr = SLOTS_W - 1
-    SLOTS_G: gl.constexpr = SLOTS_X // GROUP
-    for step in range(0, total + AHEAD):
-        if step < total:
-            slot = step % SLOTS_W
-            mbarrier.wait(empty_w.index(slot), ((step // SLOTS_W) & 1) ^ 1)
-            mbarrier.expect(full_w.index(slot), CONSUMERS * ROWS * 128)
+    w_slot, w_phase, x_slot, x_phase = 0, 1, 0, 1  # a fresh ring counts as given back
+    early = True
+    while (wave < waves) | (unit < last_unit):
+        whole = wave < waves
+        tile = gl.where(whole, wave * workers + worker, base + unit // k_tiles)
+        first_k = gl.where(whole, 0, unit % k_tiles)
+        n = gl.where(whole, k_tiles, gl.minimum(k_tiles - first_k, last_unit - unit))
+        row = tile // m_tiles * (CONSUMERS * ROWS)
+        column = first_k * 128
+        x_row = (tile % m_tiles * k_tiles + first_k) * (4 * TOKENS)
+        for _ in range(n):
+            mbarrier.wait(empty_w.index(w_slot), w_phase)
+            mbarrier.expect(full_w.index(w_slot), CONSUMERS * ROWS * 128)
             for c in gl.static_range(CONSUMERS):
-                row = (ahead_tile // m_tiles * CONSUMERS + c) * ROWS
                 tma.async_copy_global_to_shared(
-                    w_desc, [row, ahead_k * 128], full_w.index(slot), w_smem.index(slot * CONSUMERS + c)
+                    w_desc, [row + c * ROWS, column], full_w.index(w_slot), w_smem.index(w_slot * CONSUMERS + c)
                 )
-            ahead_tile, ahead_k, ahead_wave = _advance(
-                ahead_tile, ahead_k, ahead_wave, waves, k_tiles, workers, worker, shared_tile, shared_k
-            )
-        if step == AHEAD:
-            gdc_wait()  # W does not depend on the kernel before this one; x does
-        if step >= AHEAD:
-            it = step - AHEAD
-            for j in gl.static_range(4):
-                q = it * 4 + j
-                g = q // GROUP
-                if j % GROUP == 0:
-                    mbarrier.wait(empty_x.index(g % SLOTS_G), ((g // SLOTS_G) & 1) ^ 1)
-                    mbarrier.expect(full_x.index(g % SLOTS_G), TOKENS * 128 * GROUP)
-                tma.async_copy_global_to_shared(
-                    x_desc, [(tile % m_tiles) * TOKENS, k * 256 + j * 64], full_x.index(g % SLOTS_G),
-                    x_smem.index(q % SLOTS_X),
-                )  # fmt: skip
-            tile, k, wave = _advance(tile, k, wave, waves, k_tiles, workers, worker, shared_tile, shared_k)
+            w_slot, w_phase = _next(w_slot, w_phase, SLOTS_W)
+            column += 128
+            if early:  # W does not depend on the kernel before this one; x does
+                gdc_wait()
+                early = False
+            for _g in gl.static_range(4 // GROUP):
+                mbarrier.wait(empty_x.index(x_slot), x_phase)
+                mbarrier.expect(full_x.index(x_slot), GROUP * TOKENS * 128)
+                tma.async_copy_global_to_shared(x_desc, [x_row, 0], full_x.index(x_slot), x_smem.index(x_slot))
+                x_slot, x_phase = _next(x_slot, x_phase, SLOTS_X)
+                x_row += GROUP * TOKENS
+        unit = gl.where(whole, unit, unit + n)
+        wave += 1
 
 
 @gluon.jit(do_not_specialize=["M", "m_tiles", "waves", "units", "k_tiles"])
 def kernel(
     x_desc, w_desc, block_ptr, decode_ptr, y_ptr, part_ptr, flag_ptr, M, N, k_tiles, m_tiles, waves, units, stride_y,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
-    GROUP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, ACC: gl.constexpr, A_DOT: gl.constexpr,
-    CODES: gl.constexpr, SCALES: gl.constexpr, HALF: gl.constexpr, HALF3: gl.constexpr, CODES_SMEM: gl.constexpr,
-    X_SMEM: gl.constexpr,
+    GROUP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One CTA of the persistent grid; see the module's docstring. x comes permuted (nvfp4_permute.py)."""
     gdc_launch_dependents()
-    w_smem = gl.allocate_shared_memory(gl.uint8, [SLOTS_W * CONSUMERS, ROWS, 128], CODES_SMEM)
-    x_smem = gl.allocate_shared_memory(gl.bfloat16, [SLOTS_X, TOKENS, 64], X_SMEM)
-    SLOTS_G: gl.constexpr = SLOTS_X // GROUP
+    w_smem = gl.allocate_shared_memory(gl.uint8, [SLOTS_W * CONSUMERS, ROWS, 128], W_SMEM)
+    x_smem = gl.allocate_shared_memory(gl.bfloat16, [SLOTS_X, GROUP * TOKENS, 64], XT_SMEM)
     full_w = gl.allocate_shared_memory(gl.int64, [SLOTS_W, 1], mbarrier.MBarrierLayout())
     empty_w = gl.allocate_shared_memory(gl.int64, [SLOTS_W, 1], mbarrier.MBarrierLayout())
-    full_x = gl.allocate_shared_memory(gl.int64, [SLOTS_G, 1], mbarrier.MBarrierLayout())
-    empty_x = gl.allocate_shared_memory(gl.int64, [SLOTS_G, 1], mbarrier.MBarrierLayout())
+    full_x = gl.allocate_shared_memory(gl.int64, [SLOTS_X, 1], mbarrier.MBarrierLayout())
+    empty_x = gl.allocate_shared_memory(gl.int64, [SLOTS_X, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS_W):
         mbarrier.init(full_w.index(i), count=1)
         mbarrier.init(empty_w.index(i), count=CONSUMERS)
-    for i in gl.static_range(SLOTS_G):
+    for i in gl.static_range(SLOTS_X):
         mbarrier.init(full_x.index(i), count=1)
         mbarrier.init(empty_x.index(i), count=CONSUMERS)
     fence_async_shared()
@@ -337,7 +335,6 @@ def kernel(
             (_consumer, (
                 0, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr, flag_ptr,
                 M, N, k_tiles, m_tiles, waves, units, stride_y, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP,
-                ACC, A_DOT, CODES, SCALES, HALF, HALF3,
             )),
             (_producer, (
                 x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w, k_tiles, m_tiles, waves, units,
@@ -349,12 +346,10 @@ def kernel(
             (_consumer, (
                 0, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr, flag_ptr,
                 M, N, k_tiles, m_tiles, waves, units, stride_y, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP,
-                ACC, A_DOT, CODES, SCALES, HALF, HALF3,
             )),
             (_consumer, (
                 1, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr, flag_ptr,
                 M, N, k_tiles, m_tiles, waves, units, stride_y, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP,
-                ACC, A_DOT, CODES, SCALES, HALF, HALF3,
             )),
             (_producer, (
                 x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w, k_tiles, m_tiles, waves, units,

@@ -16,65 +16,76 @@ the highest: the byte of a code is (t:2, half, word:2, byte:2), its position in 
 byte's low bit). What is below are these sentences as layout bases; nothing here runs on the device.
 """
 
-from functools import cache
-from typing import Any
+# Gluon calls these while it compiles, with plain integers: no launch ever carries a layout.
+# ruff: noqa: D103
 
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 WARPS = 4  # of one warp group
 TILE_K = 256  # columns of one weight tile
 PLANE_K = 64  # positions of one plane
 
+_WARP_ROWS = [[16, 0], [32, 0]]
+_QUAD_ROWS = [[4, 0], [2, 0], [8, 0]]
 
-@cache
-def layouts(tokens: int, rows: int) -> dict[str, Any]:
-    """Layout constants of the kernel, by the names of its parameters.
-
-    Args:
-        tokens: columns of the accumulator tile, 8 to 256, a power of two.
-        rows: weight rows of one warp group, 64 or 128.
-
-    Returns:
-        Keyword arguments of `nvfp4_wgmma.kernel`.
-    """
-    more_rows = [[64, 0]] if rows == 128 else []
-    warp_rows = [[16, 0], [32, 0]]
-    accumulator = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, tokens, 16])
-    quad_rows = [[4, 0], [2, 0], [8, 0]]
-    return {
-        "ACC": accumulator,
-        "A_DOT": gl.DotOperandLayout(0, accumulator, 2),
-        # one whole tile: 128 bytes a row
-        "CODES": gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], *more_rows, [0, 16]],
-            [[0, 32], [0, 64], *quad_rows],
-            warp_rows,
-            [],
-            [rows, 128],
-        ),
-        # its scales: four bytes in one word per thread and row
-        "SCALES": gl.DistributedLinearLayout(
-            [[1, 0], *more_rows], [[0, 1], [0, 2], *quad_rows], warp_rows, [], [rows, 4]
-        ),
-        # half a tile as bytes, and the same as (scale block, byte of the block)
-        "HALF": gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], *more_rows],
-            [[0, 16], [0, 32], *quad_rows],
-            warp_rows,
-            [],
-            [rows, 64],
-        ),
-        "HALF3": gl.DistributedLinearLayout(
-            [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [1, 0, 0], *_wide(more_rows)],
-            [[0, 2, 0], [0, 4, 0], *_wide(quad_rows)],
-            _wide(warp_rows),
-            [],
-            [rows, 8, 8],
-        ),
-        "CODES_SMEM": gl.NVMMASharedLayout(128, 8, rank=2),
-        "X_SMEM": gl.NVMMASharedLayout(128, 16, rank=2),
-    }
+CODES_SMEM = gl.NVMMASharedLayout(128, 8, rank=2)
+X_SMEM = gl.NVMMASharedLayout(128, 16, rank=2)
 
 
+@gluon.constexpr_function
+def _more_rows(rows: int) -> list[list[int]]:
+    """A consumer of 128 rows holds two accumulators of 64."""
+    return [[64, 0]] if rows == 128 else []
+
+
+@gluon.constexpr_function
 def _wide(bases: list[list[int]]) -> list[list[int]]:
     return [[*basis, 0] for basis in bases]
+
+
+@gluon.constexpr_function
+def accumulator(tokens: int) -> gl.NVMMADistributedLayout:
+    return gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, tokens, 16])
+
+
+@gluon.constexpr_function
+def a_operand(tokens: int) -> gl.DotOperandLayout:
+    return gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, tokens, 16]), 2)
+
+
+@gluon.constexpr_function
+def codes(rows: int) -> gl.DistributedLinearLayout:
+    """One whole tile: 128 bytes a row."""
+    register = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], *_more_rows(rows), [0, 16]]
+    return gl.DistributedLinearLayout(register, [[0, 32], [0, 64], *_QUAD_ROWS], _WARP_ROWS, [], [rows, 128])
+
+
+@gluon.constexpr_function
+def scales(rows: int) -> gl.DistributedLinearLayout:
+    """Its scales: four bytes in one word per thread and row."""
+    register = [[1, 0], *_more_rows(rows)]
+    return gl.DistributedLinearLayout(register, [[0, 1], [0, 2], *_QUAD_ROWS], _WARP_ROWS, [], [rows, 4])
+
+
+@gluon.constexpr_function
+def half(rows: int) -> gl.DistributedLinearLayout:
+    """Half a tile as bytes."""
+    register = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], *_more_rows(rows)]
+    return gl.DistributedLinearLayout(register, [[0, 16], [0, 32], *_QUAD_ROWS], _WARP_ROWS, [], [rows, 64])
+
+
+@gluon.constexpr_function
+def half_blocks(rows: int) -> gl.DistributedLinearLayout:
+    """The same as (scale block, byte of the block)."""
+    register = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [1, 0, 0], *_wide(_more_rows(rows))]
+    lane = [[0, 2, 0], [0, 4, 0], *_wide(_QUAD_ROWS)]
+    return gl.DistributedLinearLayout(register, lane, _wide(_WARP_ROWS), [], [rows, 8, 8])
+
+
+@gluon.constexpr_function
+def partial(tokens: int, rows: int) -> gl.DistributedLinearLayout:
+    """An accumulator tile as it lies between CTAs, [tokens / 8][rows][8]: 256 contiguous bytes per warp and access."""
+    columns = [[8 * rows << i] for i in range(tokens.bit_length() - 4)]
+    register = [[1], [64], *([row * 8] for row, _ in _more_rows(rows)), *columns]
+    return gl.DistributedLinearLayout(register, [[2], [4], [8], [16], [32]], [[128], [256]], [], [rows * tokens])

@@ -97,6 +97,11 @@ def dense_weight(codes_NK2: Tensor, decode_scale: Tensor, fill: Callable[[Tensor
     return w_NK
 
 
+def forget() -> None:
+    """Dequantize again at the next call, whatever the scratch holds. For measurements."""
+    _HELD.clear()
+
+
 def release() -> None:
     """Give all scratch back to the allocator, as after loading or before a large evaluation."""
     for held in (_PARTIAL, _FLAGS, _DENSE, _HELD):

@@ -1,0 +1,53 @@
+"""The table and the rule that choose kernels: pure functions of shapes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qerl_compile.kernels import dispatch
+
+H200 = {"capability": (9, 0), "multiprocessors": 132}
+KERNELS = {"decode", "hopper", "dx", "two_step"}
+
+
+def test_a_tuned_layer_comes_from_the_table():
+    table = json.loads((Path(dispatch.__file__).parent / "tables" / "sm_90.json").read_text(encoding="utf-8"))
+    assert dispatch.choose("forward", 27648, 5120, 256, **H200) == table["forward"]["27648x5120"]["256"]
+
+
+def test_tokens_use_the_smallest_bucket_that_holds_them():
+    five = dispatch.choose("forward", 27648, 5120, 5, **H200)
+    eight = dispatch.choose("forward", 27648, 5120, 8, **H200)
+    assert five == eight
+
+
+def test_an_unknown_architecture_never_gets_the_hopper_kernel():
+    for m in (1, 16, 64, 200, 5000):
+        choice = dispatch.choose("forward", 27648, 5120, m, capability=(10, 0), multiprocessors=148)
+        assert choice["kernel"] in ("decode", "two_step")
+
+
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 64, 65, 256, 257, 8192, 10**6])
+@pytest.mark.parametrize(("n", "k"), [(48, 96), (576, 576), (192, 576), (12345, 1040), (151936, 896)])
+def test_every_shape_has_a_choice(n, k, m):
+    assert dispatch.choose("forward", n, k, m, **H200)["kernel"] in KERNELS
+    assert dispatch.choose("dx", n, k, m, **H200)["kernel"] in KERNELS
+
+
+def test_the_hopper_kernel_is_only_chosen_for_whole_column_tiles():
+    table = json.loads((Path(dispatch.__file__).parent / "tables" / "sm_90.json").read_text(encoding="utf-8"))
+    for shape, row in table["forward"].items():
+        k = int(shape.split("x")[1])
+        assert k % 256 == 0 or all(choice["kernel"] != "hopper" for choice in row.values())
+
+
+def test_the_portable_choice_stays_portable():
+    assert dispatch.portable(1000, 2304, 64, 132)["kernel"] == "decode"
+    assert dispatch.portable(1000, 2304, 65, 132) == dispatch.TWO_STEP
+
+
+def test_slices_never_leave_a_slice_with_less_than_two_tiles():
+    config = {"BM": 16, "BN": 64, "BK": 256}
+    assert dispatch.slices_for(64, 512, 16, config, 132) == 1
+    assert dispatch.slices_for(64, 5120, 16, config, 132) == 10

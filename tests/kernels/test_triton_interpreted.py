@@ -1,0 +1,49 @@
+"""The Triton kernels, run on the CPU by Triton's interpreter: indexing, masks, split sums and bit-exact arithmetic.
+
+The interpreter truncates where a GPU rounds to bfloat16, so outputs in bfloat16 get twice the tolerance here; what must
+be exact to the bit is checked in fp32 and fp16. Needs Triton (Linux) with numpy < 2.4.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform or is not installed beside CPU torch")
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parents[1])}
+    run = subprocess.run(
+        [sys.executable, str(HERE / "interpreted_checks.py")], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_the_quantizer_writes_the_bytes_of_the_format(results):
+    wrong = {name: count for name, count in results.items() if name.startswith("quantize")}
+    assert len(wrong) >= 5
+    assert set(wrong.values()) == {0}, wrong
+
+
+def test_every_code_under_every_scale_decodes_exactly(results):
+    wrong = {name: count for name, count in results.items() if name.startswith("dequantize")}
+    assert len(wrong) == 3
+    assert set(wrong.values()) == {0}, wrong
+
+
+def test_products_agree_with_float64(results):
+    errors = {name: e for name, e in results.items() if name.startswith(("decode", "dx"))}
+    assert len(errors) == 30
+    assert max(errors.values()) < 8e-3, max(errors, key=errors.get)
+
+
+def test_the_permutation_is_the_documented_one(results):
+    assert results["permute"] == 0

@@ -1,0 +1,147 @@
+"""What the kernels compile to, without a GPU: instructions, spills, serialization, for Hopper and for Blackwell.
+
+Nothing here ran on Blackwell hardware: these tests say that the code lowers, not that it is fast or right there.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform or is not installed beside CPU torch")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+import triton.language as tl  # noqa: E402
+from qerl_compile.kernels import (  # noqa: E402
+    dispatch,
+    nvfp4_decode,
+    nvfp4_dequantize,
+    nvfp4_dx,
+    nvfp4_quantize,
+    nvfp4_wgmma,
+)
+from qerl_compile.kernels import nvfp4_wgmma_layouts as layouts  # noqa: E402
+
+POINTERS = {
+    "x_ptr": "*i32", "codes_ptr": "*u8", "decode_ptr": "*fp32", "y_ptr": "*bf16", "part_ptr": "*fp32",
+    "flag_ptr": "*i32", "h_ptr": "*bf16", "lora_ptr": "*bf16", "dy_ptr": "*bf16", "dx_ptr": "*bf16", "w_ptr": "*bf16",
+    "out_ptr": "*bf16", "global_ptr": "*fp32",
+}  # fmt: skip
+
+
+def lower(function, constants, capability, num_warps, *, block="*u8", gluon=False, extra=None, maxnreg=None, stages=3):
+    signature, attributes = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        kind = (extra or {}).get(name) or (block if name == "block_ptr" else POINTERS.get(name, "i32"))
+        signature[name] = kind
+        if kind.startswith("*") or name in ("N", "K") or name.startswith("stride"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    names = function.arg_names
+    source = (GluonASTSource if gluon else ASTSource)(
+        function, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    options = {"num_warps": num_warps} | ({"maxnreg": maxnreg} if maxnreg else {}) | ({} if gluon else {"num_stages": stages})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def disassemble(compiled, folder):
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = str(tool) if tool.exists() else shutil.which("cuobjdump")
+    return subprocess.run([tool, "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def hopper(bucket):
+    config = dispatch._HOPPER[bucket]
+    group = min(4, 256 // config["tokens"])
+    constants = {
+        "TOKENS": config["tokens"], "ROWS": config["rows"], "CONSUMERS": config["consumers"],
+        "SLOTS_W": config["slots_w"], "SLOTS_X": config["slots_x"], "GROUP": group,
+        "CONSUMER_REGISTERS": config["registers"],
+    }  # fmt: skip
+    descriptors = {
+        "x_desc": f"tensordesc<bf16[{group * config['tokens']}, 64],{layouts.X_SMEM!r}>",
+        "w_desc": f"tensordesc<u8[{config['rows']}, 128],{layouts.CODES_SMEM!r}>",
+    }
+    return lower(
+        nvfp4_wgmma.kernel, constants, 90, 4, block="*i32", gluon=True, extra=descriptors, maxnreg=config["max_registers"]
+    )
+
+
+@pytest.mark.parametrize("bucket", [8, 64, 256])
+def test_the_hopper_kernel_overlaps_decoding_with_wgmma_and_does_not_spill(bucket, tmp_path):
+    compiled = hopper(bucket)
+    sass = disassemble(compiled, tmp_path)
+    assert "HGMMA" in sass
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    # A wait that lets one group run on: if ptxas serialized the groups there would be only gsb0, 0x0.
+    assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in sass
+    # Two copies of the loop (first tile, others) of four groups per consumer, and one final wait: none after every HGMMA.
+    assert sass.count("WARPGROUP.DEPBAR") == sass.count("HGMMA") // 4
+    assert compiled.metadata.shared <= 227 * 1024
+
+
+def decode(capability, layout=0):
+    constants = {
+        "BM": 16, "BN": 64, "BK": 256, "SPLIT": True, "SWAP": 0, "LAYOUT": layout, "EVEN_N": True, "EVEN_K": True,
+        "RANK": 0, "ASM": True,
+    }  # fmt: skip
+    return lower(nvfp4_decode.kernel, constants, capability, 4, stages=4)
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+@pytest.mark.parametrize(("capability", "instruction"), [(90, "wgmma"), (100, "tcgen05.mma"), (120, "mma.sync")])
+def test_decode_lowers_to_the_matrix_instruction_of_each_architecture(capability, instruction, layout):
+    ptx = decode(capability, layout).asm["ptx"]
+    assert instruction in ptx or "mma.sync" in ptx
+    assert "fma.rn.bf16x2" in ptx
+
+
+def test_weight_only_decode_does_not_spill_on_blackwell(tmp_path):
+    assert not re.search(r"\b(LDL|STL)\b", disassemble(decode(100), tmp_path))
+
+
+def test_dx_lowers_on_every_architecture():
+    constants = {
+        "BM": 64, "BK": 128, "BN": 64, "GROUP": 8, "SPLIT": True, "LAYOUT": 0, "EVEN_N": True, "EVEN_K": True, "ASM": True,
+    }  # fmt: skip
+    for capability in (90, 100, 120):
+        assert "mma" in lower(nvfp4_dx.kernel, constants, capability, 4).asm["ptx"]
+
+
+def test_quantize_and_dequantize_lower_on_blackwell():
+    for capability in (90, 100, 120):
+        constants = {"ROWS": 16, "COLUMNS": 512, "LAYOUT": 0, "ASM": True}
+        assert "st.global" in lower(nvfp4_dequantize._kernel, constants, capability, 8).asm["ptx"]
+        constants = {"ROWS": 4, "BLOCKS": 32}
+        assert "div.rn" in lower(nvfp4_quantize._kernel, constants, capability, 4).asm["ptx"]
+
+
+@triton.jit
+def _w4a4(a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, out_ptr):
+    m, n = tl.arange(0, 128), tl.arange(0, 128)
+    byte, group = tl.arange(0, 64), tl.arange(0, 8)
+    a = tl.load(a_ptr + m[:, None] * 64 + byte[None, :])
+    b = tl.load(b_ptr + n[:, None] * 64 + byte[None, :])
+    a_scale = tl.load(a_scale_ptr + m[:, None] * 8 + group[None, :])
+    b_scale = tl.load(b_scale_ptr + n[:, None] * 8 + group[None, :])
+    out = tl.dot_scaled(a, a_scale, "e2m1", tl.trans(b), b_scale, "e2m1")
+    tl.store(out_ptr + m[:, None] * 128 + n[None, :], out)
+
+
+@pytest.mark.parametrize(
+    ("capability", "instruction"), [(100, "tcgen05.mma.*mxf4nvf4.*block_scale"), (120, "mma.sync.*mxf4nvf4.*block_scale")]
+)
+def test_four_bit_activations_would_use_the_block_scaled_instruction_on_blackwell(capability, instruction):
+    extra = {"a_ptr": "*u8", "b_ptr": "*u8", "a_scale_ptr": "*fp8e4nv", "b_scale_ptr": "*fp8e4nv", "out_ptr": "*fp32"}
+    ptx = lower(_w4a4, {}, capability, 4, extra=extra).asm["ptx"]
+    assert re.search(instruction, ptx)
