@@ -1,0 +1,178 @@
+"""From rules and graph facts to sites, without a graph: `capture` is given."""
+
+import pytest
+import torch
+from torch import nn
+
+from qerl_compile.errors import FormatError, RecipeError
+from qerl_compile.passes import LoraSite
+from qerl_compile.plan import Plan, check_columns, make_plan
+from qerl_compile.recipe import Recipe
+from qerl_compile.regions import LayerFacts
+
+NAMES = ("q", "k", "v", "o", "unused")
+
+
+class Tiny(nn.Module):
+    """Two layers of four called linears and one that is never called; a head outside, and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in NAMES}) for _ in range(2)]
+        self.layers = nn.ModuleList(layers)
+        self.embed = nn.Embedding(8, 16)
+        self.head = nn.Linear(16, 8, bias=False)
+
+
+def facts(index: int) -> LayerFacts:
+    path = f"layers.{index}"
+    linears = tuple(f"{path}.{name}" for name in "qkvo")
+    return LayerFacts(linears, (linears[:3],), (f"{path}.norm1", f"{path}.norm2"))
+
+
+@pytest.fixture(autouse=True)
+def _given_facts(monkeypatch):
+    monkeypatch.setattr("qerl_compile.plan.capture", lambda model: {f"layers.{i}": facts(i) for i in range(2)})
+
+
+def plan(**rules) -> Plan:
+    return make_plan(Tiny(), Recipe.resolve(rules))
+
+
+def test_no_rules_select_nothing():
+    assert plan() == Plan(layers=("layers.0", "layers.1"))
+
+
+def test_what_no_graph_calls_is_no_site():
+    found = plan(quantize=[{"match": ".*"}])
+    assert set(found.quantize) == {f"layers.{i}.{name}" for i in range(2) for name in "qkvo"} | {"head"}
+    assert set(found.quantize.values()) == {"nvfp4"}
+
+
+def test_groups_are_the_quantized_part_of_what_shares_an_input():
+    assert plan(quantize=[{"match": r"layers\.0\..*"}]).groups == (("layers.0.q", "layers.0.k", "layers.0.v"),)
+    assert plan(quantize=[{"match": r"layers\.0\.[qvo]"}]).groups == (("layers.0.q", "layers.0.v"),)
+    assert plan(quantize=[{"match": r"layers\.0\.[qo]"}]).groups == ()
+
+
+def test_the_first_matching_rule_wins():
+    found = plan(quantize=[{"match": r".*\.q", "format": "none"}, {"match": r"layers\..*"}])
+    assert not any(path.endswith(".q") for path in found.quantize)
+    assert len(found.quantize) == 6
+    assert found.groups == (("layers.0.k", "layers.0.v"), ("layers.1.k", "layers.1.v"))
+
+
+def test_a_pattern_must_match_the_whole_path():
+    with pytest.raises(RecipeError, match=r"quantize\[0\]\.match"):
+        plan(quantize=[{"match": "layers"}])
+
+
+def test_adapters_take_the_rank_of_their_first_rule():
+    found = plan(
+        lora=[{"match": r"layers\.0\.q", "rank": 4, "alpha": 2.0}, {"match": r".*\.[qv]", "rank": 8, "alpha": 8.0}]
+    )
+    assert found.lora == {
+        "layers.0.q": LoraSite(4, 2.0),
+        "layers.0.v": LoraSite(8, 8.0),
+        "layers.1.q": LoraSite(8, 8.0),
+        "layers.1.v": LoraSite(8, 8.0),
+    }
+
+
+def test_noise_goes_to_the_norms_that_the_graph_shows():
+    assert plan(noise={}).noise == tuple(f"layers.{i}.norm{n}" for i in range(2) for n in (1, 2))
+    assert plan(noise={"match": r".*\.norm2"}).noise == ("layers.0.norm2", "layers.1.norm2")
+
+
+@pytest.mark.parametrize(
+    "rules, where, words",
+    [
+        ({"quantize": [{"match": r"layer\.0\.q"}]}, "quantize[0].match", "such as 'layers.0.q'"),
+        ({"quantize": [{"match": r"layers\.0\.unused"}]}, "quantize[0].match", "matches none of 11 modules"),
+        ({"quantize": [{"match": ".*"}, {"match": "head"}]}, "quantize[1].match", "an earlier rule takes"),
+        ({"lora": [{"match": "embed", "rank": 2}]}, "lora[0].match", "'embed'"),
+        ({"noise": {"match": "norm1"}}, "noise.match", ".norm1'."),
+    ],
+)
+def test_a_rule_that_selects_nothing_says_where_and_what_was_near(rules, where, words):
+    with pytest.raises(RecipeError) as fault:
+        plan(**rules)
+    assert fault.value.where == where
+    assert words in str(fault.value)
+
+
+def test_a_model_without_norms_that_feed_linears_says_so(monkeypatch):
+    monkeypatch.setattr("qerl_compile.plan.capture", lambda model: {"layers.0": LayerFacts(("layers.0.q",), (), ())})
+    with pytest.raises(RecipeError, match=r"noise\.match.*none of 0 modules.*delete the rule"):
+        plan(noise={})
+
+
+def test_linears_that_a_checkpoint_holds_packed_are_sites_whatever_the_rules_say():
+    packed = frozenset({"layers.0.q", "layers.0.k"})
+    assert make_plan(Tiny(), Recipe(), packed=packed).groups == (("layers.0.q", "layers.0.k"),)
+    excluded = Recipe.resolve({"quantize": [{"match": ".*", "format": "none"}]})
+    assert set(make_plan(Tiny(), excluded, packed=packed).quantize) == packed
+
+
+def test_adapters_that_exist_replace_the_rules():
+    recipe = Recipe.resolve({"lora": [{"match": ".*", "rank": 64}]})
+    given = {"layers.1.o": LoraSite(2, 4.0)}
+    assert make_plan(Tiny(), recipe, adapters=given).lora == given
+    assert make_plan(Tiny(), recipe, adapters={}).lora == {}
+
+
+@pytest.mark.parametrize("path", ["layers.0.unused", "layers.7.q", "embed"])
+def test_an_adapter_for_what_the_model_does_not_call_is_refused(path):
+    with pytest.raises(RecipeError, match=rf"{path}: expected an adapter on a linear that the model calls"):
+        make_plan(Tiny(), Recipe(), adapters={path: LoraSite(2, 4.0)})
+
+
+def test_a_tied_linear_is_refused_with_what_it_is_tied_to():
+    model = Tiny()
+    model.head.weight = model.embed.weight
+    with pytest.raises(RecipeError, match=r"head: .* tied to embed"):
+        make_plan(model, Recipe.resolve({"quantize": [{"match": "head"}]}))
+
+
+@pytest.mark.parametrize("columns", [1, 15, 17, 24])
+def test_columns_must_be_whole_blocks(columns):
+    with pytest.raises(FormatError) as fault:
+        check_columns("a.b", torch.empty(3, columns, device="meta"))
+    assert fault.value.where == "a.b"
+    assert fault.value.got == f"a weight of shape [3, {columns}]"
+    assert r"{match: 'a\\.b', format: none}" in fault.value.do
+
+
+def test_whole_blocks_pass():
+    assert check_columns("a", torch.empty(1, 48, device="meta")) is None
+
+
+def test_sites_outside_the_layers_are_regions_of_their_own():
+    found = plan(quantize=[{"match": r"head|.*\.o"}], lora=[{"match": "head", "rank": 2}])
+    assert found.regions() == ("layers.0", "layers.1", "head")
+
+
+def test_layers_to_which_the_same_is_done_are_of_one_kind():
+    same = plan(quantize=[{"match": ".*"}], noise={})
+    assert same.kind("layers.0") == same.kind("layers.1")
+    assert same.kind("head") != same.kind("layers.0")
+    for rules in (
+        {"quantize": [{"match": r"layers\.0\.q"}]},
+        {"lora": [{"match": r"layers\.0\.q", "rank": 2}]},
+        {"lora": [{"match": r"layers\.0\.q", "rank": 2}, {"match": r".*\.q", "rank": 3}]},
+        {"noise": {"match": r"layers\.0\..*"}},
+    ):
+        other = plan(**rules)
+        assert other.kind("layers.0") != other.kind("layers.1"), rules
+
+
+def test_a_path_that_begins_like_a_layer_is_not_inside_it():
+    found = Plan(layers=("layers.1",), quantize={"layers.1.q": "nvfp4", "layers.10.q": "nvfp4"})
+    assert found.regions() == ("layers.1", "layers.10.q")
+    assert found.kind("layers.1") == (((".q", "nvfp4"),), (), ())
+
+
+def test_the_group_of_a_lone_site_is_itself():
+    found = plan(quantize=[{"match": ".*"}])
+    assert found.group_of("layers.1.k") == ("layers.1.q", "layers.1.k", "layers.1.v")
+    assert found.group_of("layers.1.o") == ("layers.1.o",)
