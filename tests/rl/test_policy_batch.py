@@ -157,3 +157,13 @@ def test_entropy_is_that_of_the_tempered_distribution_in_nats(logits, temperatur
     assert entropy_BC.tolist() == [[pytest.approx(entropy, abs=1e-6)]]
     assert not entropy_BC.requires_grad
     assert logp_BC.tolist() == [[pytest.approx(torch.tensor(logits).div(temperature).log_softmax(0)[0].item())]]
+
+
+def test_positions_given_to_the_model_are_those_of_each_row_alone(model):
+    (batch,) = cut(10_000, ROLLOUTS[:3], torch.tensor([1.0, -1.0, 0.5]))
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, __, given: seen.append(given["position_ids"]), with_kwargs=True)
+    with torch.no_grad():
+        token_logps(model, batch, 1.0)
+    hook.remove()
+    assert seen[0][batch.attention_BS.bool()].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]

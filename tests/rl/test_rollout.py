@@ -195,3 +195,13 @@ def test_logits_that_are_not_finite_are_an_error_and_no_sample():
 
 def test_no_prompts_give_no_rollouts():
     assert generate(models("llama")[0], [], Sampling(3, (2,), 0)) == []
+
+
+def test_positions_given_to_the_model_are_those_of_each_sequence_alone():
+    """Rotary embeddings forgive a shift, so no token would show a mistake here; learned positions would not."""
+    model, _ = models("llama")
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, __, given: seen.append(given["position_ids"]), with_kwargs=True)
+    generate(model, [(5, 6, 7), (8,)], Sampling(3, (), 0, 1.0))
+    hook.remove()
+    assert [ids.tolist() for ids in seen] == [[[0, 1, 2], [0, 0, 0]], [[3], [1]], [[4], [2]]]

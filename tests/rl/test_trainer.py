@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from qerl_compile.errors import ModelError
+from qerl_compile.rl.seeds import derive_seed
 from qerl_compile.transforming import transform
 from tests.models import tiny_model
-from tests.rl.toy import toy_model, toy_recipe, toy_trainer
+from tests.rl.toy import Echo, toy_model, toy_recipe, toy_trainer
 
 STEPS = 20
 NORMS = [f"model.layers.{layer}.{name}_layernorm" for layer in (0, 1) for name in ("input", "post_attention")]
@@ -260,3 +261,13 @@ def test_whole_evaluations_are_recorded_with_their_step():
     trainer, _ = toy_trainer(toy_recipe(train__steps=1), record=lambda *given: recorded.append(given))
     before, after = trainer.train()
     assert recorded == [(0, before), (1, after)]
+
+
+def test_every_step_takes_the_next_prompts_of_the_run():
+    trainer, _ = toy_trainer(toy_recipe(train__prompts_per_step=3, train__seed=5))
+    asked = []
+    trainer.task.train_row = lambda seed, position: asked.append((seed, position)) or Echo.train_row(None, 0, position)
+    for step in (1, 2, 3):
+        trainer.step(step)
+    assert [position for _, position in asked] == list(range(9))
+    assert {seed for seed, _ in asked} == {derive_seed(5, "train")}
