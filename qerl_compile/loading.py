@@ -134,6 +134,7 @@ def _adapter_sites(adapter: str | PathLike[str]) -> dict[str, LoraSite]:
 def _empty_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> Any:
     """Build the model with parameters on meta and buffers (rotary frequencies) computed for real."""
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     _refuse_foreign_quantization(checkpoint)
@@ -143,11 +144,11 @@ def _empty_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> 
             delattr(config, "quantization_config")
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as fault:
         raise CheckpointError(
             where=str(checkpoint.root / "config.json"),
             expected="the config of a causal LM that transformers knows",
-            got=f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else fault!r}",
+            got=f"{type(fault).__name__}: {' '.join(str(fault).split())[:200] or repr(fault)}",
             do="Check model_type and the sizes in config.json, or upgrade transformers.",
         ) from fault
     model.tie_weights()
