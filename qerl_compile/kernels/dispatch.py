@@ -1,8 +1,8 @@
 """Which kernel for which shape: a checked-in table, and a rule for the shapes that are not in it.
 
-benchmarks/tune.py measures every candidate on a device and writes `tables/sm_XY.json`; this module only looks up. Nothing
-is ever timed or tuned inside a training step, so the choice (and with it the order of every sum) is the same on every
-run and every rank.
+benchmarks/tune.py measures every candidate on a device and writes `tables/sm_XY.json`; this module only looks up.
+Nothing is ever timed or tuned inside a training step, so the choice (and with it the order of every sum) is the same
+on every run and every rank.
 
 A table maps a direction ("forward" or "dx"), a weight "NxK" and a bucket of tokens to a choice. A bucket is named by
 its largest number of tokens: 5 tokens use bucket "8". Choices are

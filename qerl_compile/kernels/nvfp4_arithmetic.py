@@ -22,7 +22,7 @@ Under TRITON_INTERPRET=1 (`ASM` false) plain Triton arithmetic stands in for PTX
 float32 operands there, because the interpreter multiplies raw bits.
 """
 
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN201, ANN202, D417
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import os

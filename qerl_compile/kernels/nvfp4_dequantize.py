@@ -5,8 +5,9 @@ arithmetic to the bit. Used by `qerl::dequantize` and by the two-step path, whos
 inside the weight (the one place where it is not applied after the sum).
 """
 
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -32,7 +33,7 @@ def _kernel(
     codes = tl.load(codes_ptr + row * (K // 2) + byte[None, :], mask=row_ok & (byte < K // 2)[None, :], other=0)
     scale = tl.load(block_ptr + row * (K // 16) + block[None, :], mask=row_ok & (block < K // 16)[None, :], other=0)
     even, odd = planes(codes, scale, ROWS, COLUMNS // 16, LAYOUT, ASM)
-    # 2^8 first: it is exact, while decode_scale * 2^8 could round differently from decode_scale alone near the subnormals
+    # 2^8 goes to the product, where it is exact; decode_scale * 2^8 might overflow or leave the subnormals
     decode = tl.load(decode_ptr)
     even = (even.to(tl.float32) * 256.0) * decode
     odd = (odd.to(tl.float32) * 256.0) * decode

@@ -9,6 +9,7 @@ Legend: M tokens, N output features of the forward (summed here), K input featur
 
 # ruff: noqa: ANN001, ANN201
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton

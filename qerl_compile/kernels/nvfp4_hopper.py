@@ -1,9 +1,9 @@
 """Launching the warp-specialized Hopper kernel: tile shapes, grid, descriptors, dependent launch.
 
-`linear` permutes x, then runs nvfp4_wgmma.kernel over a persistent grid. Both launches may be *programmatic dependents*:
-the kernel then starts while the one before it ends, sets up its barriers and asks for its first weights, and only then
-waits for x. That saves about 1 µs at few tokens; with large tiles it costs 3 to 5, because waiting CTAs take room from
-the ones that still work, so it is part of the configuration.
+`linear` permutes x, then runs nvfp4_wgmma.kernel over a persistent grid. Both launches may be *programmatic
+dependents*: the kernel then starts while the one before it ends, sets up its barriers and asks for its first weights,
+and only then waits for x. That saves about 1 µs at few tokens; with large tiles it costs 3 to 5, because waiting CTAs
+take room from the ones that still work, so it is part of the configuration.
 
 A config names the tile and the pipeline:
     tokens       columns of a tile, 8 to 256
@@ -15,7 +15,6 @@ A config names the tile and the pipeline:
     dependent    1 to launch as programmatic dependents
 """
 
-import triton
 from torch import Tensor, empty, int32
 from torch import bfloat16 as bf16
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -61,12 +60,12 @@ def linear(
     group = min(4, 256 // tokens)
     dependent = bool(config["dependent"])
     k_tiles = k // TILE_K
-    m_tiles = triton.cdiv(m, tokens)
-    tiles = m_tiles * triton.cdiv(n, rows * consumers)
+    m_tiles = -(-m // tokens)
+    tiles = m_tiles * -(-n // (rows * consumers))
     grid = min(multiprocessors * config["per_sm"], tiles * k_tiles)
     waves = tiles // grid if config["waves"] < 0 else config["waves"]
     y_MN = empty(m, n, dtype=bf16, device=x_MK.device)
-    options = {"launch_pdl": True} if dependent else {}
+    options: dict[str, int] = {"launch_pdl": True} if dependent else {}
     if config["max_registers"]:
         options["maxnreg"] = config["max_registers"]
     nvfp4_wgmma.kernel[(grid,)](

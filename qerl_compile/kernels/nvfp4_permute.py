@@ -3,11 +3,10 @@
 nvfp4_wgmma_layouts.py renames the columns of every 256: thread t of a quad takes columns 64 t to 64 t + 63. One lane
 here moves one word's worth of x, eight neighbours (16 bytes), to the four places of its pairs (i, i + 4). Planes of 64
 positions are laid one after the other for every tile of tokens, so that the copy engine fetches several at once. The
-pass reads and writes x once; at decode sizes that is launch latency, which programmatic dependent launch hides behind the
-kernels around it.
+pass reads and writes x once; at decode sizes that is launch latency, part of which programmatic dependent launch hides.
 """
 
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
@@ -71,7 +70,7 @@ def permute(x_MK: Tensor, tokens: int, *, dependent: bool = False) -> Tensor:
 
 
 def column_order(k: int) -> Tensor:
-    """The permutation as an index: plane p of a row is x[column_order(k)[64 p : 64 p + 64]]. For tests, as a definition."""
+    """The permutation as an index: plane p of a row x is x[column_order(k)[64 p : 64 p + 64]]. For tests."""
     i = torch.arange(k)
     position = i % 64
     low_bit, t, pair, word = position % 2, position // 2 % 4, position // 8 % 2, position // 16

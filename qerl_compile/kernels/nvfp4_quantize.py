@@ -7,7 +7,7 @@ one element with torch, in the weight's own dtype, as the format demands. Pass 2
     block = e4m3(min(global_scale * r(amax / 6), 448)), zero -> 0.125        r: rounding to the weight's dtype
     code  = e2m1(w / (block / global_scale))                                 fp32, IEEE divisions
 
-The divisions must round as IEEE divisions do. One reciprocal per block does for sixteen of them: with r = 1/step rounded
+The divisions must round as IEEE divisions do. One reciprocal per block serves sixteen: with r = 1/step rounded
 correctly and q = w r, the remainder w - q step is exact in an fma, and q + remainder * r is the correctly rounded
 quotient (Markstein's theorem), unless something underflows; so w and step are first brought near 1 by a common power of
 two where step is extreme. Rounding to E4M3 is integer arithmetic (add half, keep ties even). Rounding to E2M1 is
@@ -15,7 +15,7 @@ formats/e2m1.py's min(round(2a), round(a) + 2, round(a/2) + 4); adding 1.5 * 2^2
 even. A negative number keeps its sign when it rounds to zero (code 8), an exact zero of either sign is code 0.
 """
 
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch

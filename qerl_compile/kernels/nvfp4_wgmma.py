@@ -26,7 +26,7 @@ Shape legend: N output features, K input features, M tokens.
 # Gluon compiles these functions from their source: annotations of their arguments other than constexpr are not read.
 # ruff: noqa: ANN001, ANN201, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportOptionalOperand=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -45,10 +45,14 @@ from qerl_compile.kernels.nvfp4_wgmma_layouts import (
     X_SMEM,
     a_operand,
     accumulator,
-    codes as codes_layout,
     half,
     half_blocks,
     partial,
+)
+from qerl_compile.kernels.nvfp4_wgmma_layouts import (
+    codes as codes_layout,
+)
+from qerl_compile.kernels.nvfp4_wgmma_layouts import (
     scales as scales_layout,
 )
 

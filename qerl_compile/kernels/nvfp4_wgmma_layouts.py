@@ -18,6 +18,7 @@ byte's low bit). What is below are these sentences as layout bases; nothing here
 
 # Gluon calls these while it compiles, with plain integers: no launch ever carries a layout.
 # ruff: noqa: D103
+# pyright: basic, reportArgumentType=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

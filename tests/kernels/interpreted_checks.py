@@ -3,6 +3,8 @@
 Prints one JSON object, name of a check -> number (an error or a count of wrong values).
 """
 
+# ruff: noqa: T201
+
 import json
 
 import torch
@@ -54,7 +56,9 @@ for m in (1, 7, 20):
             results[f"decode m{m} swap{swap} slices{slices}"] = ((got - y).norm() / y.norm()).item()
             got = nvfp4_decode.linear(x, codes, block, decode, config, h_MR=h, lora_B_NR=lora).double()
             with_lora = y + h.double() @ lora.double().T
-            results[f"decode lora m{m} swap{swap} slices{slices}"] = ((got - with_lora).norm() / with_lora.norm()).item()
+            results[f"decode lora m{m} swap{swap} slices{slices}"] = (
+                (got - with_lora).norm() / with_lora.norm()
+            ).item()
     dx = (dy.double() @ products) * decode.double()
     for slices in (1, 2):
         config = {"BM": 16, "BK": 64, "BN": 32, "slices": slices, "num_warps": 4, "num_stages": 2}

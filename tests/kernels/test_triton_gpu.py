@@ -9,7 +9,17 @@ if not torch.cuda.is_available():
 from qerl_compile.formats import nvfp4
 from qerl_compile.kernels import cuda, dispatch, nvfp4_twiddle, nvfp4_workspace, ops, reference
 
-SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (960, 576), (48, 96), (640, 1024), (1000, 2304), (5120, 3584)]
+SHAPES = [
+    (576, 576),
+    (192, 576),
+    (1536, 576),
+    (576, 1536),
+    (960, 576),
+    (48, 96),
+    (640, 1024),
+    (1000, 2304),
+    (5120, 3584),
+]
 TOKENS = [1, 5, 8, 13, 31, 64, 100, 257, 1100]
 LIMIT = 4e-3
 
@@ -30,7 +40,9 @@ def relative(got, exact):
 def poison():
     device = torch.device("cuda", torch.cuda.current_device())
     nvfp4_workspace.partial_sums(device, 1).fill_(float("nan"))
-    torch.full((1 << 24,), float("nan"), device=device, dtype=torch.bfloat16)  # freed at once: the next outputs land here
+    torch.full(
+        (1 << 24,), float("nan"), device=device, dtype=torch.bfloat16
+    )  # freed at once: the next outputs land here
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -96,7 +108,9 @@ def test_twiddled_codes_give_the_same_product(m):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("magnitude", [1.0, 0.05, 1e-5, 1e-30, 1e30])
 def test_quantize_writes_the_bytes_of_the_format(dtype, magnitude):
-    w = (torch.randn(300, 1040, device="cuda") * torch.exp(2 * torch.randn(300, 1, device="cuda")) * magnitude).to(dtype)
+    w = (torch.randn(300, 1040, device="cuda") * torch.exp(2 * torch.randn(300, 1, device="cuda")) * magnitude).to(
+        dtype
+    )
     w = w.nan_to_num(posinf=1.0, neginf=-1.0)
     w[0] = 0
     w[1] = torch.linspace(-6, 6, 1040, device="cuda").to(dtype)

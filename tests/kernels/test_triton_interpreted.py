@@ -19,7 +19,12 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def results():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parents[1])}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(HERE.parents[1]),
+    }
     run = subprocess.run(
         [sys.executable, str(HERE / "interpreted_checks.py")], env=environment, capture_output=True, text=True
     )
