@@ -68,17 +68,9 @@ def copied(tmp_path, llama) -> Path:
     return Path(shutil.copytree(llama, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize(
-    "family, options",
-    [
-        ("llama", {}),
-        ("qwen2", {}),  # q/k/v biases
-        ("gemma3", {}),  # tied head, embedding scaled by a buffer
-        ("llama", {"tie_word_embeddings": True}),
-    ],
-)
-def test_loading_equals_transforming_bit_for_bit(tmp_path, family, options):
-    save(tiny_model(family, layers=1, dtype=torch.bfloat16, **options), tmp_path)
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])  # q/k/v biases; a tied head and a scaled embedding
+def test_loading_equals_transforming_bit_for_bit(tmp_path, family):
+    save(tiny_model(family, layers=1, dtype=torch.bfloat16), tmp_path)
     want = transform(dense(tmp_path), RECIPE, inner="eager", seed=3)
     got = eager(tmp_path, seed=3)
     assert type(got).__name__ == type(want).__name__
