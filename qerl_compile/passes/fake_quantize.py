@@ -39,4 +39,4 @@ class FakeQuantize:
     def _selected(self, weight: fx.Node) -> bool:
         """Whether a node is a module's weight (and not computed by the model) and its module is selected."""
         name = str(weight.target)
-        return weight.op == "get_attr" and name.endswith(".weight") and self.selects(name.removesuffix(".weight"))
+        return name.endswith(".weight") and self.selects(name.removesuffix(".weight"))
