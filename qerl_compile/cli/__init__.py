@@ -7,19 +7,37 @@ is a defect of ours and keeps its traceback.
 Commands live in modules of their own and import what they need when they run, so that `--help` costs no torch.
 """
 
-import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from qerl_compile.cli.diff import diff
 from qerl_compile.cli.export import export
 from qerl_compile.cli.generate import generate
 from qerl_compile.cli.train import train
 from qerl_compile.cli.transform import transform
+from qerl_compile.errors import QerlError
+
+
+class Commands(TyperGroup):
+    """The commands, with our errors told in one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for; exit with code 2 on an error that the user can mend."""
+        try:
+            return super().invoke(ctx)
+        except QerlError as fault:
+            from qerl_compile.cli.console import tell_error
+
+            tell_error(fault)
+            raise typer.Exit(2) from None
+
 
 app = typer.Typer(
     name="qerl-compile",
     help="Turn a causal LM into a 4-bit model you can do RL on, and then serve.",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,14 +47,5 @@ for command in (transform, train, generate, export, diff):
 
 
 def main() -> None:
-    """Run the command line; exit code 0 on success, 2 for an error that the user can mend."""
-    from qerl_compile.errors import QerlError
-
-    try:
-        app()
-    except QerlError as fault:
-        from qerl_compile.cli.console import stderr
-
-        stderr().print(f"[bold red]error[/] [red]{type(fault).__name__}[/]", end=" ")
-        stderr().print(str(fault), markup=False, highlight=False)
-        sys.exit(2)
+    """Run the command line."""
+    app()

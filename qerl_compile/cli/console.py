@@ -1,4 +1,7 @@
-"""What all commands share on the terminal: two consoles, quiet libraries, and the closing lines."""
+"""What all commands share on the terminal: two consoles, quiet libraries, errors, and the closing lines.
+
+Nothing that a user may copy is wrapped or read as markup: paths and commands stay as they are at any width.
+"""
 
 import functools
 import logging
@@ -15,7 +18,7 @@ def stdout() -> "Console":
     """Return the console for results."""
     from rich.console import Console
 
-    return Console()
+    return Console(soft_wrap=True)
 
 
 @functools.cache
@@ -23,7 +26,7 @@ def stderr() -> "Console":
     """Return the console for progress and errors."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
@@ -35,7 +38,31 @@ def quiet_libraries() -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
+def tell_error(fault: Exception) -> None:
+    """Print an error as one red line."""
+    from rich.text import Text
+
+    stderr().print(Text.assemble(("error ", "bold red"), (" ".join(str(fault).split("\n")), "red")))
+
+
 def wrote(path: object, what: str, *, then: str) -> None:
     """Print the closing lines: what was written, and the next command."""
-    stdout().print(f"[bold green]wrote[/] {path}  {what}")
-    stdout().print(f"[bold]next[/]  {then}", highlight=False, markup=True, soft_wrap=True)
+    from rich.text import Text
+
+    stdout().print(Text.assemble(("wrote", "bold green"), f" {path}  {what}"))
+    tell_next(then)
+
+
+def wrote_nothing(what: str, *, then: str) -> None:
+    """Print the closing lines of a command that only shows."""
+    from rich.text import Text
+
+    stdout().print(Text(f"{what}; nothing was written", style="dim"))
+    tell_next(then)
+
+
+def tell_next(command: str) -> None:
+    """Print the command to go on with."""
+    from rich.text import Text
+
+    stdout().print(Text.assemble(("next", "bold"), f"  {command}"))

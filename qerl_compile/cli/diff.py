@@ -23,16 +23,22 @@ def diff(
     pass_: Pass = None,
 ) -> None:
     """Show the graph of one decoder layer before and after each pass. No weight is read."""
-    from qerl_compile.cli.console import quiet_libraries, stdout
+    from qerl_compile.cli.console import quiet_libraries, stdout, wrote_nothing
 
     quiet_libraries()
+    from qerl_compile.cli.hints import train_command, transform_command
+    from qerl_compile.errors import GraphError
     from qerl_compile.graphdiff import diff as difference
     from qerl_compile.inspection import layer_stages
     from qerl_compile.loading import empty_model
     from qerl_compile.recipe import Recipe
 
     rules = Recipe.resolve(recipe).with_overrides(set_)
-    stages = layer_stages(empty_model(model), rules, layer)
+    stages = layer_stages(empty_model(model), rules, layer, recompute=rules.train.recompute)
+    passes = [name for name, _ in stages[1:]]
+    if pass_ not in (None, *passes):
+        do = "Add --set train.recompute=true." if pass_ == "recompute" else "Name one of these."  # noqa: S105
+        raise GraphError(where="--pass", expected=f"one of {', '.join(passes)}", got=repr(pass_), do=do)
     for (_, before), (name, after) in pairwise(stages):
         if pass_ not in (None, name):
             continue
@@ -40,7 +46,6 @@ def diff(
         added, removed = (sum(line.startswith(sign) for line in lines) for sign in "+-")
         stdout().print(f"[bold]{name}[/]  [green]+{added}[/] [red]-{removed}[/]")
         for line in lines:
-            style = COLOURS.get(line[:1], "dim")
-            stdout().print(line, style=style, markup=False, highlight=False, soft_wrap=True)
-    stdout().print(f"[dim]{model}, layer {layer}, recipe {rules.name}; nothing was written[/]")
-    stdout().print(f"[bold]next[/]  qerl-compile transform {model} --recipe {recipe} -o DIR", highlight=False)
+            stdout().print(line, style=COLOURS.get(line[:1], "dim"), markup=False, highlight=False)
+    then = (transform_command if rules.quantize else train_command)(model, recipe, set_)
+    wrote_nothing(f"{model}, layer {layer}, recipe {rules.name}", then=then)

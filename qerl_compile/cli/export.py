@@ -4,29 +4,31 @@ from typing import Annotated
 
 import typer
 
-from qerl_compile.cli.options import Device, Model, Out
+from qerl_compile.cli.options import Device, ModelOrRun, Out
 
 Target = Annotated[str, typer.Option(help="vllm or sglang (NVFP4 weights), peft (adapter).")]
 
 
-def export(model: Model, out: Out, target: Target, device: Device = None) -> None:
+def export(model: ModelOrRun, out: Out, target: Target, device: Device = None) -> None:
     """Write a training run, or a model directory, for another program."""
     from qerl_compile.cli.console import quiet_libraries, wrote
-    from qerl_compile.staged_write import refuse_existing
+    from qerl_compile.cli.runs import is_run, open_model, refuse_output
+    from qerl_compile.exporters import check_target
 
     quiet_libraries()
-    refuse_existing(out)
-    from qerl_compile.cli.runs import is_run, open_model
-    from qerl_compile.exporters import check_target
+    check_target(target)
+    refuse_output(out)
+    from qerl_compile.adapter_files import adapters_of
+    from qerl_compile.cli.hints import serve_command
     from qerl_compile.exporters import export as write
 
-    check_target(target)
-    policy, tokenizer, name = open_model(model, inner="eager", device=device)
-    write(policy, out, target=target, tokenizer=tokenizer, base_name=name)
+    policy, tokenizer, base = open_model(model, inner="eager", device=device)
+    write(policy, out, target=target, tokenizer=tokenizer, base_name=base)
+    rank = max((adapter.rank for adapter in adapters_of(policy).values()), default=0)
     if target == "peft":
-        wrote(out, "PEFT adapter", then=f"vllm serve {name} --enable-lora --lora-modules trained={out}")
+        wrote(out, "PEFT adapter", then=serve_command(target, base, out, rank))
     elif is_run(model):
-        then = f"vllm serve {out} --enable-lora --lora-modules trained={model}/adapter"
-        wrote(out, "NVFP4A16 base weights; the adapter stays separate", then=then)
+        what = "NVFP4A16 base weights; the adapter is not merged and stays where it is"
+        wrote(out, what, then=serve_command(target, out, f"{model}/adapter", rank))
     else:
-        wrote(out, "NVFP4A16 checkpoint", then=f"vllm serve {out}")
+        wrote(out, "NVFP4A16 checkpoint", then=serve_command(target, out))

@@ -1,21 +1,22 @@
 """`qerl-compile generate MODEL|RUN PROMPT…`: hear a model speak, with its adapter if it is a run."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qerl_compile.cli.options import Device, Inner, Model
+from qerl_compile.cli.options import Device, Inner, ModelOrRun
 
 Prompts = Annotated[list[str], typer.Argument(help="User messages, one completion each.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Longest completion.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-System = Annotated[str | None, typer.Option(help="System message.")]
+System = Annotated[str | None, typer.Option(help="System message; default: the one that the run was trained with.")]
 Prefix = Annotated[str | None, typer.Option(help="Text that begins the answer.")]
-Seed = Annotated[int, typer.Option(help="Of sampling.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 
 
 def generate(
-    model: Model,
+    model: ModelOrRun,
     prompt: Prompts,
     max_new_tokens: Tokens = 64,
     temperature: Temperature = 0.0,
@@ -26,16 +27,19 @@ def generate(
     device: Device = None,
 ) -> None:
     """Generate completions from a model, a packed directory, or a training run."""
-    from qerl_compile.cli.console import quiet_libraries, stdout
+    from qerl_compile.cli.console import quiet_libraries, stdout, wrote_nothing
 
     quiet_libraries()
-    from qerl_compile.cli.runs import open_model
+    from qerl_compile.cli.hints import export_command, train_command, transform_command
+    from qerl_compile.cli.runs import Run, is_run, open_model
     from qerl_compile.rl.prompts import PromptFormat, end_token_ids, pad_token_id
     from qerl_compile.rl.rollout import Sampling
     from qerl_compile.rl.rollout import generate as sample
 
-    policy, tokenizer, name = open_model(model, inner=inner, device=device)
+    policy, tokenizer, base = open_model(model, inner=inner, device=device)
     prefix = None if assistant_prefix is None else assistant_prefix.replace("{", "{{").replace("}", "}}")
+    if system is None and is_run(model):
+        system = Run.read(Path(model)).system
     layout = PromptFormat(system=system, assistant_prefix=prefix, chat=bool(tokenizer.chat_template))
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in prompt]
     ids = [layout.encode(tokenizer, row).ids for row in rows]
@@ -48,5 +52,9 @@ def generate(
         stdout().print("[bold magenta]assistant[/] ", end="")
         stdout().print((assistant_prefix or "") + answer, markup=False, highlight=False)
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-    stdout().print(f"[dim]{tokens} tokens from {name}; nothing was written[/]")
-    stdout().print(f"[bold]next[/]  qerl-compile export {model} --target vllm -o OUT", highlight=False)
+    packed = bool(policy.qerl.plan.quantize)
+    if is_run(model):
+        then = export_command(model, packed=packed)
+    else:
+        then = train_command(model) if packed else transform_command(model)
+    wrote_nothing(f"{tokens} tokens from {base}" + (f" with {model}/adapter" if is_run(model) else ""), then=then)

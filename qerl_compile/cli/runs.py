@@ -3,16 +3,21 @@
 RUN/run.json        model, task, prompt format, versions: what is needed to run it again
 RUN/recipe.yaml     the recipe with every override applied
 RUN/metrics.jsonl   one row per step and per evaluation
-RUN/adapter/        the trained adapter, in PEFT format
+RUN/samples.jsonl   the first completions of every evaluation, with their rewards
+RUN/adapter/        the trained adapter, in PEFT format; written last, so a run without it is unfinished
 """
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qerl_compile.errors import CheckpointError
+from qerl_compile.errors import CheckpointError, ExportError
 from qerl_compile.recipe import Recipe
+from qerl_compile.staged_write import refuse_existing
 
 FORMAT_VERSION = 1
 
@@ -71,9 +76,59 @@ class Run:
             ) from fault
 
 
-def is_run(path: str) -> bool:
+def is_run(path: str | Path) -> bool:
     """Whether `path` is a run directory."""
     return (Path(path) / "run.json").is_file()
+
+
+def is_finished(path: str | Path) -> bool:
+    """Whether the run directory `path` holds its adapter."""
+    return (Path(path) / "adapter").is_dir()
+
+
+def refuse_output(out: Path) -> None:
+    """Refuse an output directory that exists, before any work starts; nothing in it is touched.
+
+    Raises:
+        ExportError: it exists.
+    """
+    if is_run(out) and not is_finished(out):
+        raise ExportError(
+            where=str(out),
+            expected="an output directory that does not exist yet",
+            got="a training run that was cut off; its metrics.jsonl is kept",
+            do="Remove it, or choose another name.",
+        )
+    refuse_existing(out)
+
+
+@contextmanager
+def run_directory(out: Path) -> Iterator[Path]:
+    """Make a run directory. If the run fails before its first step it is removed again; later, its metrics stay.
+
+    Raises:
+        ExportError: the directory cannot be made.
+    """
+    try:
+        out.mkdir(parents=True)
+    except OSError as fault:
+        raise ExportError(
+            where=str(out),
+            expected="a place where a directory can be made",
+            got=fault.strerror or str(fault),
+            do="Choose a directory under one that exists and that you may write to.",
+        ) from None
+    try:
+        yield out
+    except BaseException:  # KeyboardInterrupt too
+        metrics = out / "metrics.jsonl"
+        if metrics.is_file() and b'"reward"' in metrics.read_bytes():
+            from qerl_compile.cli.console import stderr
+
+            stderr().print(f"{out} is unfinished: it has metrics.jsonl, and no adapter", style="yellow", markup=False)
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def open_model(path: str, *, inner: str = "inductor", device: str | None = None) -> tuple[Any, Any, str]:
@@ -81,15 +136,56 @@ def open_model(path: str, *, inner: str = "inductor", device: str | None = None)
 
     Returns:
         (transformed model, tokenizer, name of the base model).
+
+    Raises:
+        CheckpointError: a run that has no adapter, or see `load`.
+    """
+    from qerl_compile.loading import load
+
+    if not is_run(path):
+        tokenizer = open_tokenizer(path)
+        return load(path, None, inner=inner, device=device), tokenizer, base_name(path)
+    run, root = Run.read(Path(path)), Path(path)
+    if not is_finished(root):
+        raise CheckpointError(
+            where=str(root / "adapter"),
+            expected="the adapter of a finished run",
+            got="none: the run failed or is still going on",
+            do="Train again with another -o; metrics.jsonl says how far it came.",
+        )
+    recipe = Recipe.from_file(root / "recipe.yaml")
+    tokenizer = open_tokenizer(run.model)
+    model = load(run.model, recipe, adapter=root / "adapter", inner=inner, device=device)
+    return model, tokenizer, base_name(run.model)
+
+
+def open_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model, after its directory was judged; code in it is never run.
+
+    Raises:
+        CheckpointError: there is none, or the directory is hostile or damaged.
     """
     from transformers import AutoTokenizer
 
-    from qerl_compile.loading import load, model_directory
+    from qerl_compile.checkpoint_dir import open_checkpoint
+    from qerl_compile.loading import model_directory
 
-    if is_run(path):
-        run, root = Run.read(Path(path)), Path(path)
-        recipe = Recipe.from_file(root / "recipe.yaml")
-        model = load(run.model, recipe, adapter=root / "adapter", inner=inner, device=device)
-        return model, AutoTokenizer.from_pretrained(model_directory(run.model), padding_side="left"), run.model
-    model = load(path, None, inner=inner, device=device)
-    return model, AutoTokenizer.from_pretrained(model_directory(path), padding_side="left"), path
+    root = model_directory(model)
+    open_checkpoint(root, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise CheckpointError(
+            where=str(root),
+            expected="the files of a tokenizer",
+            got=f"{type(fault).__name__}: {next(iter(str(fault).splitlines()), '')}",
+            do="Copy tokenizer.json and tokenizer_config.json of the model there.",
+        ) from fault
+
+
+def base_name(model: str) -> str:
+    """What other programs call a model: a hub id stays, a directory (that of 'smollm2' too) gets its full path."""
+    from qerl_compile.loading import model_directory
+
+    root = model_directory(model)
+    return str(root.absolute()) if model == "smollm2" or Path(model).is_dir() else model

@@ -1,6 +1,7 @@
 """`qerl-compile train MODEL --task TASK -o RUN`: the whole of it, from a bf16 checkpoint to a trained adapter."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, cast
 
 import typer
 
@@ -13,6 +14,9 @@ Question = Annotated[str | None, typer.Option(help="Template of the user message
 Prefix = Annotated[str | None, typer.Option(help="Template that begins the answer, such as '{expression} ='.")]
 Extract = Annotated[str | None, typer.Option(help="final, marked, first_number, last_number or text.")]
 Adapter = Annotated[str | None, typer.Option(help="PEFT adapter directory to go on from.")]
+
+SAMPLES = 8
+"""Completions of each evaluation that are kept; they are of the same questions every time."""
 
 
 def train(
@@ -33,18 +37,18 @@ def train(
 ) -> None:
     """Train adapters with GRPO/DAPO on a 4-bit base, evaluate before and after, write the adapter."""
     from qerl_compile.cli.console import quiet_libraries, stdout, wrote
-    from qerl_compile.staged_write import refuse_existing
+    from qerl_compile.cli.runs import Run, base_name, open_tokenizer, refuse_output, run_directory
 
     quiet_libraries()
-    refuse_existing(out)
-    from transformers import AutoTokenizer
-
+    refuse_output(out)
     from qerl_compile.adapter_files import write_adapter
+    from qerl_compile.cli.hints import export_command
     from qerl_compile.cli.progress import training_progress
-    from qerl_compile.cli.runs import Run
-    from qerl_compile.loading import load, model_directory
+    from qerl_compile.errors import RecipeError
+    from qerl_compile.loading import load
     from qerl_compile.recipe import Recipe
-    from qerl_compile.rl.answers import default_extractor
+    from qerl_compile.rl.answers import Extractor, default_extractor
+    from qerl_compile.rl.evaluate import Evaluation
     from qerl_compile.rl.metrics import MetricsWriter
     from qerl_compile.rl.prompts import PromptFormat
     from qerl_compile.rl.rewards import resolve_rewards
@@ -52,13 +56,21 @@ def train(
     from qerl_compile.rl.trainer import Trainer
 
     rules = Recipe.resolve(recipe).with_overrides(set_)
+    if not rules.lora and adapter is None:
+        raise RecipeError(
+            where=f"recipe {rules.name}: lora",
+            expected="at least one rule, since adapters are what is trained",
+            got="none",
+            do="Add a lora rule, or go on from an adapter with --adapter.",
+        )
     rows = parse_task(task)
-    prompt = PromptFormat(system=system, question=question, assistant_prefix=assistant_prefix)
-    extractor = extract or default_extractor(assistant_prefix)
-    rewards = resolve_rewards(reward, rows, extractor)  # pyright: ignore[reportArgumentType]  # checked inside
-    root = model_directory(model)
-    tokenizer = AutoTokenizer.from_pretrained(root, padding_side="left")
-    prompt.encode(tokenizer, rows.held_out(1)[0])
+    held_out = rows.held_out(rules.train.eval_size)
+    extractor = cast(Extractor, extract or default_extractor(assistant_prefix))
+    rewards = resolve_rewards(reward, rows, extractor)
+    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    prompt = PromptFormat(system, question, assistant_prefix, chat=bool(tokenizer.chat_template))
+    for row in held_out:
+        prompt.encode(tokenizer, row)
     policy = load(
         model,
         rules,
@@ -68,16 +80,27 @@ def train(
         seed=rules.train.seed,
         trust_remote_code=trust_remote_code,
     )
-    out.mkdir(parents=True)
-    Run(model, task, reward, extractor, system, question, assistant_prefix, inner).write(out, rules)
-    with MetricsWriter(out / "metrics.jsonl") as metrics, training_progress(rules.train.steps) as show:
+    base = base_name(model)
+    with (
+        run_directory(out),
+        MetricsWriter(out / "metrics.jsonl") as metrics,
+        MetricsWriter(out / "samples.jsonl") as samples,
+        training_progress(rules.train.steps) as show,
+    ):
 
         def report(row: dict[str, float | int]) -> None:
             metrics.write(row)
             show(row)
 
-        trainer = Trainer(policy, tokenizer, rules, rows, rewards, prompt, extractor, report)  # pyright: ignore[reportArgumentType]
+        def record(step: int, evaluation: Evaluation) -> None:
+            for sample in evaluation.samples(SAMPLES):
+                samples.write({"step": step, **sample})
+
+        known_as = base if Path(model).is_dir() else model  # a relative path would not survive a change of directory
+        Run(known_as, task, reward, extractor, system, question, assistant_prefix, inner).write(out, rules)
+        trainer = Trainer(policy, tokenizer, rules, rows, rewards, prompt, extractor, report, record)
         before, after = trainer.train()
-    write_adapter(policy, out / "adapter", base_name=model)
-    stdout().print(f"held-out accuracy  {before.accuracy}  →  {after.accuracy}", highlight=False)
-    wrote(out, "adapter/, metrics.jsonl, recipe.yaml, run.json", then=f"qerl-compile export {out} --target vllm -o OUT")
+        write_adapter(policy, out / "adapter", base_name=base)
+    stdout().print(f"held-out accuracy  {before.accuracy}  →  {after.accuracy}", highlight=False, markup=False)
+    what = "adapter/, metrics.jsonl, samples.jsonl, recipe.yaml, run.json"
+    wrote(out, what, then=export_command(out, packed=bool(policy.qerl.plan.quantize)))

@@ -13,22 +13,31 @@ def transform(
 ) -> None:
     """Quantize a model to NVFP4 and write the packed checkpoint."""
     from qerl_compile.cli.console import quiet_libraries, stdout, wrote
-    from qerl_compile.staged_write import refuse_existing
+    from qerl_compile.cli.runs import base_name, open_tokenizer, refuse_output
 
     quiet_libraries()
-    refuse_existing(out)
-    from transformers import AutoTokenizer
-
+    refuse_output(out)
+    from qerl_compile.cli.hints import train_command
+    from qerl_compile.errors import RecipeError
     from qerl_compile.exporters import export
-    from qerl_compile.loading import load, model_directory
+    from qerl_compile.loading import load
     from qerl_compile.recipe import Recipe
 
     rules = Recipe.resolve(recipe).with_overrides(set_)
-    packed = load(model, rules, device=device, trust_remote_code=trust_remote_code)
+    if not rules.quantize:
+        raise RecipeError(
+            where=f"recipe {rules.name}: quantize",
+            expected="at least one rule, since packed weights are what transform writes",
+            got="none",
+            do="Use --recipe nvfp4-lora, or train MODEL itself with this recipe.",
+        )
+    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    packed = load(model, rules, inner="eager", device=device, trust_remote_code=trust_remote_code)
     plan = packed.qerl.plan
     stdout().print(
         f"{type(packed).__name__}: {len(plan.quantize)} linears to NVFP4 in {len(plan.layers)} layers, "
-        f"{len(plan.groups)} fused groups; the recipe adds {len(plan.lora)} adapters and {len(plan.noise)} noisy norms"
+        f"{len(plan.groups)} fused groups; in training the recipe adds {len(plan.lora)} adapters "
+        f"and {len(plan.noise)} noisy norms"
     )
-    export(packed, out, target="vllm", tokenizer=AutoTokenizer.from_pretrained(model_directory(model)), base_name=model)
-    wrote(out, "NVFP4A16 checkpoint", then=f"qerl-compile train {out} --recipe {recipe} --task rg:chain_sum -o RUN")
+    export(packed, out, target="vllm", tokenizer=tokenizer, base_name=base_name(model))
+    wrote(out, "NVFP4A16 checkpoint", then=train_command(out, recipe, set_))

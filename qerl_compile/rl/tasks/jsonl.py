@@ -73,7 +73,7 @@ class JsonlTask(Task):
     def held_out(self, count: int | None = None) -> list[Row]:
         """The first `count` held-out rows in a fixed shuffled order, or all; see `Task.held_out`."""
         if count is not None and count > len(self._held_out):
-            do = f"Ask for at most {len(self._held_out)}."
+            do = f"Set train.eval_size to at most {len(self._held_out)}, or raise held_out."
             got = f"{len(self._held_out)}"
             raise TaskError(where=self.spec, expected=f"{count} held-out rows", got=got, do=do)
         return [dict(row) for row in self._held_out[:count]]

@@ -77,7 +77,7 @@ class ReasoningGymTask(Task):
                 where=self.spec,
                 expected=f"{count} different held-out questions",
                 got=f"{len(rows)} in {draws} draws with held_out={self.share}",
-                do=f"Ask for at most {len(rows)}, or raise held_out, or choose settings with more questions.",
+                do=f"Set train.eval_size to at most {len(rows)}, raise held_out, or choose settings with more of them.",
             )
         return list(rows.values())
 
