@@ -6,8 +6,9 @@ import transformers
 from torch import nn
 
 from qerl_compile.errors import GraphError
-from qerl_compile.regions import LayerFacts, capture, decoder_layers, kind, skeleton
+from qerl_compile.regions import LayerFacts, capture, decoder_layers, kind, layer_facts, skeleton
 from tests.models import SIZES, tiny_model
+from tests.passes.toy import Toy, linear
 
 LAYER = "model.layers.0"
 QKV = tuple(f"{LAYER}.self_attn.{name}_proj" for name in "qkv")
@@ -70,6 +71,26 @@ def test_experts_of_a_mixture_are_no_linears():
 
 def test_norms_after_the_linears_are_not_taken_for_norms_before_them_in_olmo2():
     assert facts_of(transformers.Olmo2ForCausalLM, transformers.Olmo2Config(**sizes())).norms == ()
+
+
+@pytest.mark.parametrize(
+    "gain, modules, norms",
+    [
+        (torch.ones(16), ("norm", "norm"), ("gain",)),
+        (torch.ones(3, 16), ("norm", "norm"), ()),  # not one number per feature
+        (torch.ones(16), ("norm", "attention"), ()),  # multiplied elsewhere, cast here
+    ],
+)
+def test_a_norm_is_a_vector_multiplied_in_by_the_module_whose_output_is_read(gain, modules, norms):
+    module = nn.Module()
+    module.weight = nn.Parameter(gain)
+    toy = Toy(gain=module, up=linear(8, 16))
+    product = toy.call(torch.mul, toy.read("gain.weight"), toy.input("x", torch.ones(3, 16)))
+    cast = toy.call(torch.Tensor.type_as, product, product)
+    for node, name in zip((product, cast), modules, strict=True):
+        node.meta["nn_module_stack"] = {"layer": ("layer", nn.Module), name: (name, nn.Module)}
+    toy.output(toy.linear(cast, "up"))
+    assert layer_facts(toy.program).norms == norms
 
 
 def test_layers_of_one_kind_are_captured_once_and_renamed(monkeypatch):
