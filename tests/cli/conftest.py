@@ -3,6 +3,7 @@
 Fixtures are made once; tests read them and write elsewhere.
 """
 
+import contextlib
 import json
 import shlex
 from pathlib import Path
@@ -20,7 +21,7 @@ TINY = {
     "train.steps": 2,
     "train.prompts_per_step": 2,
     "train.group_size": 4,
-    "train.max_new_tokens": 6,
+    "train.max_new_tokens": 1,
     "train.eval_size": 3,
     "train.eval_every": 1,
     "train.learning_rate": 0.1,
@@ -33,9 +34,6 @@ import pathlib
 def low(completion_ids, **_):
     "Every sample has another reward, so every group has a signal."
     return [-sum(ids) / len(ids) for ids in completion_ids]
-
-def fails_at_once(completions, **_):
-    raise RuntimeError("the reward broke")
 
 def fails_at_step_2(completions, **_):
     marker = pathlib.Path(__file__).parent / "called"
@@ -87,7 +85,7 @@ def next_command(text):
 def world(tmp_path_factory) -> Path:
     """base/ (a bf16 Llama with tokenizer), sums.jsonl, rewards.py, and adapters.yaml without quantization."""
     root = tmp_path_factory.mktemp("world")
-    model = tiny_model("llama", vocab_size=259, pad_token_id=None, bos_token_id=None, dtype=torch.bfloat16)
+    model = tiny_model("llama", layers=1, vocab_size=259, pad_token_id=None, bos_token_id=None, dtype=torch.bfloat16)
     model.lm_head.weight.data.mul_(5)
     model.save_pretrained(root / "base")
     byte_tokenizer().save_pretrained(root / "base")
@@ -107,6 +105,7 @@ def packed(world):
 @pytest.fixture(scope="session")
 def run(world):
     """What `train` wrote, and what it printed."""
-    task = ["--task", f"{world}/sums.jsonl:held_out=0.3", "--reward", f"{world}/rewards.py:low", "--system", "Add."]
-    text = succeed("train", world / "base", *task, *tiny(), "-o", world / "run")
+    task = ["--task", "sums.jsonl:held_out=0.3", "--reward", f"{world}/rewards.py:low", "--system", "Add."]
+    with contextlib.chdir(world):  # a relative model path must survive a change of directory
+        text = succeed("train", "base", *task, *tiny(), "-o", world / "run")
     return SimpleNamespace(path=world / "run", text=text)

@@ -6,8 +6,8 @@ from tests.cli.conftest import next_command, refusal, succeed, tiny
 def test_transform_writes_a_packed_checkpoint_and_says_so(packed):
     first, wrote, _ = packed.text.splitlines()
     assert first == (
-        "LlamaForCausalLM: 14 linears to NVFP4 in 2 layers, 4 fused groups; "
-        "in training the recipe adds 14 adapters and 4 noisy norms"
+        "LlamaForCausalLM: 7 linears to NVFP4 in 1 layers, 2 fused groups; "
+        "in training the recipe adds 7 adapters and 2 noisy norms"
     )
     assert wrote == f"wrote {packed.path}  NVFP4A16 checkpoint"
     names = {file.name for file in packed.path.iterdir()}

@@ -1,0 +1,59 @@
+import shlex
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.cli.conftest import refusal, succeed
+
+IDS = torch.tensor([[5, 60, 61, 100, 7, 30]])
+
+
+def last_line(text):
+    return text.splitlines()[-1].removeprefix("next  ")
+
+
+def test_a_runs_adapter_loads_with_peft_on_the_base(run, world, tmp_path):
+    from peft import PeftModel
+
+    out = tmp_path / "adapter"
+    text = succeed("export", run.path, "--target", "peft", "-o", out)
+    assert f"wrote {out}  PEFT adapter" in text
+    want = f"vllm serve {world}/base --enable-lora --max-lora-rank 32 --lora-modules trained={out}"
+    assert last_line(text) == want
+    base = AutoModelForCausalLM.from_pretrained(world / "base")
+    before = base(input_ids=IDS).logits
+    model = PeftModel.from_pretrained(base, out)
+    assert (model(input_ids=IDS).logits - before).abs().max() > 0.1
+    written, trained = (load_file(path / "adapter_model.safetensors") for path in (out, run.path / "adapter"))
+    assert written.keys() == trained.keys()
+    assert all(torch.equal(written[name], trained[name]) for name in trained)
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_a_runs_packed_base_equals_that_of_transform(run, packed, tmp_path):
+    out = tmp_path / "served"
+    text = succeed("export", run.path, "--target", "sglang", "-o", out)
+    assert last_line(text) == (
+        f"python -m sglang.launch_server --model-path {out} --lora-paths trained={run.path}/adapter"
+    )
+    exported, transformed = (load_file(path / "model.safetensors") for path in (out, packed.path))
+    assert exported.keys() == transformed.keys()
+    for name, tensor in transformed.items():
+        assert torch.equal(exported[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_packed_directory_is_exported_as_it_is(packed, tmp_path):
+    out = tmp_path / "with space"
+    text = succeed("export", packed.path, "--target", "vllm", "-o", out)
+    assert shlex.split(last_line(text)) == ["vllm", "serve", str(out)]
+    assert (out / "model.safetensors").read_bytes() == (packed.path / "model.safetensors").read_bytes()
+
+
+def test_exports_that_cannot_be_are_refused_and_leave_nothing(world, packed, run, tmp_path):
+    out = tmp_path / "out"
+    assert "expected at least one linear packed" in refusal("export", world / "base", "--target", "vllm", "-o", out)
+    assert "expected modules with lora_A" in refusal("export", packed.path, "--target", "peft", "-o", out)
+    assert "got 'vlm'" in refusal("export", tmp_path / "no-such-model", "--target", "vlm", "-o", out)
+    assert "got an existing one" in refusal("export", tmp_path / "none", "--target", "vllm", "-o", run.path)
+    assert list(tmp_path.iterdir()) == []
