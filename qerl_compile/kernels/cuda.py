@@ -51,7 +51,7 @@ def linear(
         bfloat16 [M, N].
     """
     from qerl_compile.kernels import nvfp4_decode, nvfp4_two_step
-    from qerl_compile.kernels.nvfp4_arithmetic import STANDARD, TWIDDLED
+    from qerl_compile.kernels.nvfp4_arithmetic import GLUON, STANDARD, TWIDDLED
 
     x_MK = _rows(x_MK)
     n, k, m = codes_NK2.shape[0], codes_NK2.shape[1] * 2, x_MK.shape[0]
@@ -59,6 +59,8 @@ def linear(
     if choice is None:
         choice = dispatch.choose("forward", n, k, m, capability, multiprocessors)
     layout = TWIDDLED if twiddled else STANDARD
+    if choice["kernel"] == "hopper" and not GLUON:
+        choice = dispatch.portable(n, k, m, multiprocessors)
     if choice["kernel"] == "hopper":
         from qerl_compile.kernels import nvfp4_hopper
 

@@ -30,6 +30,9 @@ import os
 import triton
 import triton.language as tl
 
+GLUON = triton.__version__.startswith("3.6.")
+"""Gluon moves between releases: nvfp4_hopper.py was written for and measured on Triton 3.6; 3.9 does not compile it."""
+
 ASM = os.environ.get("TRITON_INTERPRET", "0") != "1"
 STANDARD, TWIDDLED = 0, 1
 

@@ -1,9 +1,20 @@
-"""The choice between the C++ kernel and torch."""
+"""The choice between the C++ kernel and torch; and which Triton tests this machine can run at all.
+
+Triton has wheels for Linux only, and the GPU tests need a GPU: where these are missing the files are not collected,
+rather than reported as passed or skipped.
+"""
+
+import importlib.util
 
 import pytest
+import torch
 
 from qerl_compile.kernels import cpu_native
 from tests.kernels.oracle import hide_native
+
+collect_ignore = [] if torch.cuda.is_available() else ["test_triton_gpu.py"]
+if importlib.util.find_spec("triton") is None:
+    collect_ignore += ["test_triton_interpreted.py", "test_triton_lowering.py"]
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton has no wheel for this platform or is not installed beside CPU torch")
-
 HERE = Path(__file__).parent
 
 
