@@ -88,8 +88,8 @@ def resample_noise(model: nn.Module, sigma: float, generator: torch.Generator | 
         generator: a CPU generator; draws are made on the CPU, so a seed means the same noise on every device.
 
     Returns:
-        (number of norms that have noise, root mean square of `w_eff - w` as computed in fp32). The number is counted and
-        not read from the plan, so that a caller can compare the two.
+        (number of norms that have noise, root mean square of `w_eff - w` as computed in fp32). The number is counted
+        and not read from the plan, so that a caller can compare the two.
     """
     sites, squares, count = 0, 0.0, 0
     for path in state_of(model).plan.noise:

@@ -221,7 +221,7 @@ def test_moving_to_another_device_keeps_ghosts_small_and_groups_fused():
 
 def test_save_pretrained_names_the_exporters():
     model, _ = transformed("llama", layers=1)
-    with pytest.raises(ModelError, match="qerl_compile.export"):
+    with pytest.raises(ModelError, match=r"qerl_compile.export"):
         model.save_pretrained("anywhere")
 
 
