@@ -29,7 +29,7 @@ def test_a_hand_packed_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 13, FEW, FEW + 1, 70])
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 13, FEW, FEW + 1])
 @pytest.mark.parametrize(("n", "k"), [(1, 16), (3, 16), (17, 48), (64, 64), (37, 80)])
 def test_forward_rounds_once(path: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
     weight = make_weight(n, k)
@@ -40,7 +40,7 @@ def test_forward_rounds_once(path: str, dtype: torch.dtype, m: int, n: int, k: i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 16), (3, 17, 48), (70, 37, 80)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 16), (3, 17, 48), (MANY, 37, 80)])
 def test_dx_rounds_once(path: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
     weight = make_weight(n, k)
     dy = torch.randn(m, n).to(dtype)
