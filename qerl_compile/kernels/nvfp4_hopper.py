@@ -15,6 +15,8 @@ A config names the tile and the pipeline:
     dependent    1 to launch as programmatic dependents
 """
 
+from typing import Any
+
 from torch import Tensor, empty, int32
 from torch import bfloat16 as bf16
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -68,7 +70,8 @@ def linear(
     options: dict[str, int] = {"num_warps": 4, **({"launch_pdl": True} if dependent else {})}
     if config["max_registers"]:
         options["maxnreg"] = config["max_registers"]
-    nvfp4_wgmma.kernel[(grid,)](
+    launch: Any = nvfp4_wgmma.kernel[(grid,)]  # Triton types a launch by its device code, where an int is a constexpr
+    launch(
         TensorDescriptor.from_tensor(permute(x_MK, tokens, dependent=dependent), [group * tokens, 64], X_SMEM),
         TensorDescriptor.from_tensor(codes_NK2, [rows, 128], CODES_SMEM),
         block_NG.view(int32),
