@@ -12,7 +12,7 @@ but it saves no memory and owns no state: lora and noise rules need state, so th
 Inner compilers: `inductor` (default), `aot_eager` (AOTAutograd without code generation), `eager` (the FX graph as it
 is).
 
-What this module does not do: decide what is rewritten (plan.py), or where graphs begin and end (transform.py).
+What this module does not do: decide what is rewritten (plan.py), or where graphs begin and end (region_calls.py).
 """
 
 import re

@@ -9,7 +9,7 @@ model's decoder layers are the modules that transformers itself marks as the uni
 storage), run once on eight tokens, and one layer of each kind is caught by Dynamo on the way. Which linears
 share an input and which norm feeds them are then facts of that graph.
 
-What this module does not do: rewrite, or compile for running (`transform.py`).
+What this module does not do: rewrite, or compile for running (`region_calls.py`).
 """
 
 import copy

@@ -16,7 +16,7 @@ taken in fp32, and rounded once where the model rounded before. With z = 0 this 
 bf16 numbers is exact in fp32.
 
 The clean weight is never modified; `z` is not in the state_dict; σ = 0 is a zeroed buffer and not another graph.
-What this pass does not do: choose σ (rl/noise_schedule.py) or draw z (transform's `resample_noise`).
+What this pass does not do: choose σ (rl/noise_schedule.py) or draw z (`transforming.resample_noise`).
 """
 
 from dataclasses import dataclass
