@@ -117,9 +117,14 @@ class LargestTemporary(TorchDispatchMode):
         return result
 
 
+def _packed_parts(packed):
+    return packed.codes_NK2, packed.block_decode_scale_NG
+
+
 def test_no_temporary_is_larger_than_a_chunk_and_no_index_wider_than_32_bits():
     w_NK = torch.randn(1024, 2048).bfloat16()  # eight chunks
     chunk_bytes = 4 * nvfp4.CPU_CHUNK_ELEMENTS
+    exact_products(*_packed_parts(quantize(w_NK[:1])), torch.bfloat16)  # the 256-entry table is built once a process
     with LargestTemporary() as quantizing:
         packed = quantize(w_NK)
     assert quantizing.largest_bytes == max(chunk_bytes, packed.codes_NK2.numel())
