@@ -1,296 +1,259 @@
-"""All kernels side by side on one GPU, in one process: bfloat16 cuBLAS, ours, humming, bitsandbytes NF4, torchao.
+"""The benchmark of record: all kernels side by side on one GPU, in one process, columns of a cell in turn.
 
-    python benchmarks/kernels.py [--json FILE] [--markdown FILE] [--limit SECONDS]
+    python benchmarks/kernels.py --commit HASH [--layers "32B gate/up,7B q/o"] [--tokens 1,64] [--directions forward,dx]
+                                 [--columns bf16,ours,humming] [--limit SECONDS] [--json FILE] [--markdown FILE]
 
-Peers that are not installed, or fail, are reported and left out. Weights and activations are random. Two timings per
-cell: *plain*, one call between two events with L2 flushed before (triton.testing.do_bench, launch gaps included), and
-*replay*, one CUDA graph that walks over copies of the weight (same number of copies for every column) without launch
-gaps. Both give the median and, as spread, the 20th and 80th percentile (plain) or the extremes (replay).
+Columns are peers.py; how a cell is timed is gpu_timing.py; what is printed last, and whether a target is met, is
+kernel_report.py. Directions:
 
-Backward is dx = dy · w of the same packed weight. humming and torchao have none; bitsandbytes dequantizes.
+    forward   y = x · wᵀ
+    dx        dy · w of the same packed weight, dequantized anew at every call where it is dequantized
+    pair      forward and dx of one linear in a row, what activation checkpointing makes of each layer's backward
+    lora      forward with h · Bᵀ of rank 32 added, on two layers
+
+Everything is built and compiled before the first cell is timed, on all cores. A competitor that is not installed or
+fails is named and left out. Weights and activations are random; each column's first result is compared with the product
+in float64. The JSON is written after every layer, so a run that is cut off leaves what it had.
 """
-
-# Lambdas here are called before the loop goes on: they may see its variables.
-# ruff: noqa: B023
 
 import argparse
 import json
-import math
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from qerl_compile.kernels import cuda, nvfp4_dequantize, nvfp4_quantize, nvfp4_two_step, ops
+if __name__ == "__main__":
+    # In place of this folder, whose kernels.py would pass for a package that transformers and bitsandbytes look for.
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+from benchmarks import gpu_timing, kernel_report, peers, precompile
+from benchmarks.candidates import RUNTIME_KEYS
+from qerl_compile.kernels import cuda, dispatch, nvfp4_dequantize, nvfp4_quantize, ops
 
 SHAPES = (
     ("32B gate/up", 27648, 5120),
     ("32B down", 5120, 27648),
     ("32B q/o", 5120, 5120),
-    ("32B k/v", 1024, 5120),
     ("7B gate/up", 18944, 3584),
     ("7B down", 3584, 18944),
     ("7B q/o", 3584, 3584),
+    ("32B k/v", 1024, 5120),
     ("7B k/v", 512, 3584),
 )
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
-BACKWARD_TOKENS = (1, 64, 256, 1024, 4096, 8192)
-REPLAYS = 9
-Linear = Callable[[Tensor], Tensor]
+DIRECTIONS = ("forward", "dx", "pair", "lora")
+SLOW_CELLS = {("32B gate/up", 1), ("32B gate/up", 64), ("32B gate/up", 1024), ("32B q/o", 1), ("7B q/o", 64)}
+SLOW_ROUNDS = 3
+HOST_TOKENS = (1, 64, 256)
+LORA_LAYERS, LORA_TOKENS, RANK = ("32B gate/up", "7B q/o"), (1, 16, 64, 256, 1024), 32
+CHECKED = 512  # rows and columns of a result that are compared with float64
+LIMIT = 1e-2  # relative error above which one of ours is called wrong
 
 
-def replay(calls: list[Callable[[], object]]) -> list[float]:
-    """[median, least, most] microseconds per call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return [statistics.median(times), min(times), max(times)]
+@dataclass
+class Layer:
+    """A weight in the form of every competitor, and the corner of it that results are checked against."""
+
+    name: str
+    n: int
+    k: int
+    linears: dict[str, list[peers.Linear]]
+    rows_NK: Tensor  # float64, the first CHECKED rows
+    columns_NK: Tensor  # float64, the first CHECKED columns
 
 
-def plain(call: Callable[[], object]) -> list[float]:
-    """[median, 20th, 80th percentile] microseconds of a single call with a cold L2."""
-    return [t * 1e3 for t in triton.testing.do_bench(call, warmup=3, rep=12, quantiles=[0.5, 0.2, 0.8])]
-
-
-def bf16(w_NK: Tensor) -> Linear:
-    return lambda x: torch.mm(x, w_NK.T)
-
-
-def ours(w_NK: Tensor) -> Linear:
-    codes, block, global_scale = ops.quantize(w_NK)
-    decode_scale = global_scale.reciprocal()
-    return lambda x: cuda.linear(x, codes, block, decode_scale)
-
-
-def humming(w_NK: Tensor) -> Linear:
-    from humming.layer import HummingLayer
-
-    codes, block, global_scale = ops.quantize(w_NK)
-    layer = HummingLayer(
-        shape_n=w_NK.shape[0],
-        shape_k=w_NK.shape[1],
-        weight_config={"quant_method": "modelopt", "quant_algo": "nvfp4"},
-        torch_dtype=torch.bfloat16,
-    ).cuda()
-    tensors = {"weight": codes, "weight_scale": block, "weight_scale_2": global_scale.reciprocal()}
-    layer.load_from_tensors(tensors)
-    layer.transform()
-    return lambda x: layer(x)
-
-
-def bitsandbytes(w_NK: Tensor) -> Linear:
-    import bitsandbytes as bnb
-    import bitsandbytes.functional as functional
-
-    packed, state = functional.quantize_4bit(w_NK, blocksize=64, quant_type="nf4")
-    return lambda x: bnb.matmul_4bit(x, packed.t(), quant_state=state)
-
-
-def torchao(w_NK: Tensor) -> Linear:
-    from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
-    from torchao.quantization import quantize_
-
-    linear = torch.nn.Linear(w_NK.shape[1], w_NK.shape[0], bias=False, device="cuda", dtype=torch.bfloat16)
-    linear.weight.data.copy_(w_NK)
-    model = torch.nn.Sequential(linear)
-    quantize_(model, NVFP4WeightOnlyConfig())
-    return lambda x: model(x)
-
-
-COLUMNS: dict[str, Callable[[Tensor], Linear]] = {
-    "bf16": bf16,
-    "ours": ours,
-    "humming": humming,
-    "bitsandbytes": bitsandbytes,
-    "torchao": torchao,
-}
-SLOW = ("torchao",)  # milliseconds a call: one copy, few tokens' worth of cells
-
-
-def forward_cells(name: str, w_NK: Tensor, dead: set[str], emit: Callable[[dict[str, Any]], None]) -> None:
-    n, k = w_NK.shape
-    copies = max(2, min(12, math.ceil(1.6e8 / (n * k * 0.5625))))
-    layers: dict[str, list[Linear]] = {}
-    for column, make in COLUMNS.items():
-        if column in dead:
+def build(name: str, n: int, k: int, columns: list[str], dead: set[str]) -> Layer:
+    """The layer, without competitors that fail; they are added to `dead`."""
+    w_NK = (torch.randn(n, k, device="cuda") * 0.02).bfloat16()
+    linears = {}
+    for column in columns:
+        if column in dead or (column in peers.SLOW and not any(layer == name for layer, _ in SLOW_CELLS)):
             continue
         try:
-            layers[column] = [make(w_NK) for _ in range(1 if column in SLOW else copies)]
+            linears[column] = peers.COLUMNS[column](w_NK, gpu_timing.copies_for(n, k))
         except Exception as error:
             dead.add(column)
             print(f"# {column} left out: {error!r:.200}", flush=True)
     codes, block, global_scale = ops.quantize(w_NK)
-    dense = ops.dequantize(codes[:512], block[:512], global_scale.reciprocal(), torch.float64)
-    for m in TOKENS:
-        x = torch.randn(m, k, device="cuda").bfloat16()
-        exact = x[:512].double() @ dense.T
-        cell: dict[str, Any] = {"direction": "forward", "layer": name, "n": n, "k": k, "m": m}
-        for column, copied in layers.items():
-            if column in SLOW and m not in (1, 64, 1024, 4096):
-                continue
-            with torch.no_grad():
-                try:
-                    y = copied[0](x)[:512, :512].double()
-                    cell[column] = {"plain": plain(lambda f=copied[0]: f(x))}
-                    cell[column]["replay"] = replay([lambda f=f: f(x) for f in copied])
-                    cell[column]["error"] = ((y - exact).norm() / exact.norm()).item()
-                except Exception as error:
-                    print(f"# {column} {name} m={m}: {error!r:.160}", flush=True)
-        emit(cell)
+    decode_scale = global_scale.reciprocal()
+    rows_NK = ops.dequantize(codes[:CHECKED], block[:CHECKED], decode_scale, torch.float64)
+    left = codes[:, : CHECKED // 2].contiguous(), block[:, : CHECKED // 16].contiguous()
+    return Layer(name, n, k, linears, rows_NK, ops.dequantize(*left, decode_scale, torch.float64))
 
 
-def backward_cells(name: str, w_NK: Tensor, dead: set[str], emit: Callable[[dict[str, Any]], None]) -> None:
-    n, k = w_NK.shape
+def inputs(layer: Layer, m: int) -> dict[str, tuple[Tensor, ...]]:
+    """Random arguments of each direction."""
+    x_MK, dy_MN, h_MR = (torch.randn(m, c, device="cuda", dtype=torch.bfloat16) for c in (layer.k, layer.n, RANK))
+    lora_B_NR = (torch.randn(layer.n, RANK, device="cuda") * 0.02).bfloat16()
+    return {"forward": (x_MK,), "dx": (dy_MN,), "pair": (x_MK, dy_MN), "lora": (x_MK, h_MR, lora_B_NR)}
+
+
+def calls_of(layer: Layer, direction: str, m: int, arguments: tuple[Tensor, ...]) -> dict[str, list[gpu_timing.Work]]:
+    """By column, one call per copy of the weight."""
+    calls = {}
+    for column, linears in layer.linears.items():
+        operations = [getattr(linear, direction) for linear in linears]
+        if operations[0] is None or (column in peers.SLOW and (layer.name, m) not in SLOW_CELLS):
+            continue
+        calls[column] = [lambda f=f: f(*arguments) for f in operations]
+    return calls
+
+
+def relative_error(layer: Layer, direction: str, arguments: tuple[Tensor, ...], result: Tensor) -> float:
+    """Of the checked corner, in the Frobenius norm."""
+    got = result[:CHECKED, :CHECKED].double()
+    if direction in ("forward", "lora"):
+        exact = arguments[0][:CHECKED].double() @ layer.rows_NK.T
+    else:
+        exact = arguments[-1][:CHECKED].double() @ layer.columns_NK
+    if direction == "lora":
+        exact += arguments[1][:CHECKED].double() @ arguments[2][:CHECKED].double().T
+    return ((got - exact).norm() / exact.norm()).item()
+
+
+def measure(layer: Layer, direction: str, m: int, clock: gpu_timing.Clock) -> dict[str, Any]:
+    """One cell: every column under replay and as a single call."""
+    arguments = inputs(layer, m)[direction]
+    calls = calls_of(layer, direction, m, arguments)
+    capture = gpu_timing.Capture()
+    graphs, sizes = {}, {}
+    cell: dict[str, Any] = {"direction": direction, "layer": layer.name, "n": layer.n, "k": layer.k, "m": m}
+    for column in list(calls):
+        try:
+            error = relative_error(layer, direction, arguments, calls[column][0]())
+            many = calls[column] if column in peers.SLOW else gpu_timing.repeated(calls[column], 8 if m <= 512 else 2)
+            graphs[column], sizes[column] = capture(many).replay, len(many)
+        except Exception as failure:
+            print(f"# {column} {direction} {layer.name} M={m}: {failure!r:.160}", flush=True)
+            calls.pop(column)
+            continue
+        cell[column] = {"error": error}
+        if column == "ours" and not error < LIMIT:
+            print(f"# WRONG {direction} {layer.name} M={m}: {error:.1e}", flush=True)
+    fewer = dict.fromkeys(peers.SLOW, SLOW_ROUNDS)
+    rounds = 15 if m <= 512 else 9
+    replayed = gpu_timing.interleaved(graphs, rounds, clock, calls=sizes, fewer=fewer)
+    singles = {column: copies[0] for column, copies in calls.items()}
+    held = getattr(layer.linears["ours"][0], f"held_{direction}", None) if "ours" in singles and m >= 1024 else None
+    before = {}
+    if held is not None:  # a graph remembers no weight, so as a single call only
+        singles[kernel_report.HELD] = before[kernel_report.HELD] = lambda: held(*arguments)
+        cell[kernel_report.HELD] = {}
+    plain = gpu_timing.interleaved(singles, rounds + 4, clock, fewer=fewer, before=before, drain=True)
+    for column, times in plain.items():
+        cell[column]["plain"] = times
+    for column, times in replayed.items():
+        cell[column]["replay"] = times
+        if direction == "forward" and m in HOST_TOKENS and column not in peers.SLOW:
+            cell[column]["host"] = gpu_timing.host_us(calls[column][0])
+    return cell
+
+
+def warm_up(names: list[str], tokens: list[int], directions: list[str], humming: bool) -> None:
+    """Compile: humming's kernels of every layer, and ours, one call for each that may be a new one."""
+    capability, multiprocessors = cuda._device(0)
+    shapes = [shape for shape in SHAPES if shape[0] in names]
+    jobs: dict[object, precompile.Job] = {(n, k): precompile.Job("humming", n, k) for _, n, k in shapes if humming}
+    for name, n, k in shapes:
+        for m in tokens:
+            for way in {"forward", *("dx" for d in directions if d != "forward")}:
+                choice = dispatch.choose(way, n, k, m, capability, multiprocessors)
+                kind = sorted((key, value) for key, value in choice.items() if key not in RUNTIME_KEYS)
+                ranks = (0, RANK) if way == "forward" and name in LORA_LAYERS and m in LORA_TOKENS else (0,)
+                for rank in ranks:
+                    key = (way, str(kind), rank, m == 1, m % 16 == 0, n % 128, k % 256)
+                    jobs.setdefault(key, precompile.Job(way, n, k, m, None, rank))
+    failures = precompile.precompile(list(jobs.values()))
+    print(*(f"# warm-up {failure}" for failure in failures), sep="\n", flush=True)
+
+
+def bandwidth(clock: gpu_timing.Clock) -> dict[str, float]:
+    """TB/s of dequantize, and of quantize's two passes; 27648 x 5120."""
+    n, k = 27648, 5120
+    w_NK = (torch.randn(n, k, device="cuda") * 0.02).bfloat16()
+    out = torch.empty_like(w_NK)
     codes, block, global_scale = ops.quantize(w_NK)
     decode_scale = global_scale.reciprocal()
-    for m in BACKWARD_TOKENS:
-        dy = torch.randn(m, n, device="cuda").bfloat16()
-        x = torch.randn(m, k, device="cuda").bfloat16()
-        cell: dict[str, Any] = {"direction": "dx", "layer": name, "n": n, "k": k, "m": m}
-        cell["bf16"] = {"plain": plain(lambda: torch.mm(dy, w_NK))}
-        cell["ours"] = {"plain": plain(lambda: fresh_dx(dy, codes, block, decode_scale))}
-        if m >= 1024:  # recompute, then backward: the pair that checkpointing makes of every layer
-            cell["bf16 pair"] = {"plain": plain(lambda: (torch.mm(x, w_NK.T), torch.mm(dy, w_NK)))}
-            cell["ours pair"] = {"plain": plain(lambda: pair(x, dy, codes, block, decode_scale))}
-        if "bitsandbytes" not in dead:
-            try:
-                import bitsandbytes.functional as functional
-
-                packed, state = functional.quantize_4bit(w_NK, blocksize=64, quant_type="nf4")
-                cell["bitsandbytes"] = {"plain": plain(lambda: dy @ functional.dequantize_4bit(packed, state))}
-            except Exception as error:
-                print(f"# bitsandbytes dx {name} m={m}: {error!r:.160}", flush=True)
-        emit(cell)
-
-
-def fresh_dx(dy: Tensor, codes: Tensor, block: Tensor, decode_scale: Tensor) -> Tensor:
-    """dx with nothing left in the scratch by the call before."""
-    from qerl_compile.kernels import nvfp4_workspace
-
-    nvfp4_workspace.forget()
-    return cuda.linear_dx(dy, codes, block, decode_scale)
-
-
-def pair(x: Tensor, dy: Tensor, codes: Tensor, block: Tensor, decode_scale: Tensor) -> Tensor:
-    """Recompute and backward of one linear: one dequantize pass serves both."""
-    from qerl_compile.kernels import nvfp4_workspace
-
-    nvfp4_workspace.forget()
-    nvfp4_two_step.linear(x, codes, block, decode_scale)
-    return nvfp4_two_step.linear_dx(dy, codes, block, decode_scale)
-
-
-def bandwidth() -> dict[str, float]:
-    """TB/s of a device copy, of dequantize, and of quantize with and without its maximum pass; 27648 x 5120."""
-    n, k = 27648, 5120
-    weights = [(torch.randn(n, k, device="cuda") * 0.02).bfloat16() for _ in range(2)]
-    out = torch.empty_like(weights[0])
-    codes, block, global_scale = ops.quantize(weights[0])
-    decode_scale = global_scale.reciprocal()
     packed, dense = n * k * 0.5625, n * k * 2
-    times = {
-        "copy": (2 * dense, replay([lambda w=w: out.copy_(w) for w in weights])),
-        "dequantize": (
-            packed + dense,
-            replay([lambda: nvfp4_dequantize.dequantize_into(out, codes, block, decode_scale)] * 2),
-        ),
-        "quantize (encode pass)": (
-            packed + dense,
-            replay([lambda w=w: nvfp4_quantize.encode(w, global_scale) for w in weights]),
-        ),
-        "quantize (maximum pass)": (dense, replay([lambda w=w: nvfp4_quantize.amax(w) for w in weights])),
+    passes: dict[str, tuple[float, Callable[[], object]]] = {
+        "copy": (2 * dense, lambda: out.copy_(w_NK)),
+        "dequantize": (packed + dense, lambda: nvfp4_dequantize.dequantize_into(out, codes, block, decode_scale)),
+        "quantize (encode pass)": (packed + dense, lambda: nvfp4_quantize.encode(w_NK, global_scale)),
+        "quantize (maximum pass)": (dense, lambda: nvfp4_quantize.amax(w_NK)),
     }
-    return {name: moved / time[0] / 1e6 for name, (moved, time) in times.items()}
+    capture = gpu_timing.Capture()
+    graphs = {}
+    for name, (_, call) in passes.items():
+        call()
+        graphs[name] = capture([call] * 4).replay
+    times = gpu_timing.interleaved(graphs, 9, clock, calls=dict.fromkeys(graphs, 4))
+    return {name: round(moved / times[name][0] / 1e6, 2) for name, (moved, _) in passes.items()}
 
 
-def markdown(cells: list[dict[str, Any]], head: str, rates: dict[str, float]) -> str:
-    """The tables of docs: one per layer and direction, medians in microseconds."""
-    lines = [head, "", "Bandwidth, TB/s: " + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items()), ""]
-    for direction in ("forward", "dx"):
-        for layer in dict.fromkeys(c["layer"] for c in cells):
-            rows = [c for c in cells if c["layer"] == layer and c["direction"] == direction]
-            if not rows:
-                continue
-            names = list(dict.fromkeys(name for row in rows for name in row if isinstance(row[name], dict)))
-            lines.append(f"### {layer}, {rows[0]['n']} x {rows[0]['k']}, {direction}")
-            lines.append("| M | " + " | ".join(names) + " | bf16 / ours |")
-            lines.append("|---" * (len(names) + 2) + "|")
-            for row in rows:
-                text = []
-                for name in names:
-                    times = row.get(name)
-                    both = (
-                        [f"{times[mode][0]:.1f}" for mode in ("replay", "plain") if mode in times] if times else ["-"]
-                    )
-                    text.append(" / ".join(both))
-                mode = "replay" if "replay" in row["ours"] else "plain"
-                ratio = row["bf16"][mode][0] / row["ours"][mode][0]
-                lines.append(f"| {row['m']} | " + " | ".join(text) + f" | {ratio:.2f} |")
-            lines.append("")
-    return "\n".join(lines)
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", default="benchmarks/results/kernels.json")
     parser.add_argument("--markdown", default="benchmarks/results/kernels.md")
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new layer is begun")
-    options = parser.parse_args()
+    parser.add_argument("--commit", default="unknown", help="of the sources that run; .git may not be there to ask")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new cell is begun")
+    listed = {"layers": [s[0] for s in SHAPES], "tokens": TOKENS, "directions": DIRECTIONS, "columns": peers.COLUMNS}
+    for name, values in listed.items():
+        parser.add_argument(f"--{name}", default=",".join(map(str, values)), help="separated by commas")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     begin = time.time()
     torch.manual_seed(0)
-    cells: list[dict[str, Any]] = []
+    torch.set_grad_enabled(False)
+    names, columns, directions = (getattr(options, o).split(",") for o in ("layers", "columns", "directions"))
+    tokens = [int(m) for m in options.tokens.split(",")]
+    clock = gpu_timing.GpuClock()
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+        "commit": options.commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ceilings": gpu_timing.ceilings(clock),
+        "bandwidth": bandwidth(clock),
+        "smi": gpu_timing.smi(),
+        "smi_by_layer": {},
+        "cells": [],
+    }
+    print(*kernel_report.head(result), result["bandwidth"], sep="\n", flush=True)
     dead: set[str] = set()
-
-    def emit(cell: dict[str, Any]) -> None:
-        cells.append(cell)
-        columns = {name: times for name, times in cell.items() if isinstance(times, dict)}
-        shown = {
-            name: [round(v[0], 1) for v in times.values() if isinstance(v, list)] for name, times in columns.items()
-        }
-        print(cell["layer"], cell["direction"], cell["m"], shown, flush=True)
-
-    rates = bandwidth()
-    print(rates, flush=True)
-    for name, n, k in SHAPES:
-        if time.time() - begin > options.limit:
-            print(f"# time limit: {name} and later layers not run", flush=True)
-            break
-        w_NK = (torch.randn(n, k, device="cuda") * 0.02).bfloat16()
-        forward_cells(name, w_NK, dead, emit)
-        backward_cells(name, w_NK, dead, emit)
-    device = torch.cuda.get_device_name()
-    head = (
-        f"{device}, torch {torch.__version__}, triton {triton.__version__}. Microseconds, medians: replay / plain for "
-        "forward, plain for dx. One run of benchmarks/kernels.py; spreads and errors are in the JSON."
-    )
-    result = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "tb_per_s": rates}
-    pathlib.Path(options.json).write_text(json.dumps({**result, "cells": cells}), encoding="utf-8")
-    pathlib.Path(options.markdown).write_text(markdown(cells, head, rates), encoding="utf-8")
-    print(f"total {time.time() - begin:.0f} s", flush=True)
+    warm_up(names, tokens, directions, "humming" in columns)
+    compiled = time.time() - begin
+    layers = [build(*shape, columns, dead) for shape in SHAPES if shape[0] in names]
+    print(f"compiled in {compiled:.0f} s, built after {time.time() - begin:.0f} s", flush=True)
+    skipped = 0
+    for layer in layers:
+        for direction in directions:
+            for m in tokens:
+                if direction == "lora" and (layer.name not in LORA_LAYERS or m not in LORA_TOKENS):
+                    continue
+                if time.time() - begin > options.limit:
+                    skipped += 1
+                    continue
+                result["cells"].append(measure(layer, direction, m, clock))
+        result["smi_by_layer"][layer.name] = gpu_timing.smi()
+        layer.linears.clear()
+        torch.cuda.empty_cache()
+        pathlib.Path(options.json).write_text(json.dumps(result), encoding="utf-8")
+        pathlib.Path(options.markdown).write_text(kernel_report.markdown(result), encoding="utf-8")
+        print(f"{layer.name}: {time.time() - begin:.0f} s", flush=True)
+    if skipped:
+        print(f"# time limit: {skipped} cells not measured", flush=True)
+    print(kernel_report.closing(result))
+    print(f"total {time.time() - begin:.0f} s; {len(result['cells'])} cells in {options.json} and {options.markdown}")
 
 
 if __name__ == "__main__":

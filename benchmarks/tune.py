@@ -1,206 +1,255 @@
 """Measure every candidate kernel on this GPU and write qerl_compile/kernels/tables/sm_XY.json.
 
-    python benchmarks/tune.py [--out TABLE.json] [--log LOG.json]
+    python benchmarks/tune.py [--only REGEX] [--merge] [--limit SECONDS] [--out TABLE.json] [--log LOG.json]
 
-Each cell (direction, weight, bucket of tokens) times all candidates in the same process on random data: a CUDA graph
-walks over several copies of the weight, so that none is in L2, and is replayed; the median counts. A candidate must
-first agree with the product in float64. The table holds the winners, the log every time.
+A cell is a direction, a weight and a bucket of tokens, named as in "forward 27648x5120 64"; `--only` picks cells by
+that name, and with `--merge` the other entries of the present table stay. Candidates are in candidates.py.
+
+A cell in four steps. Each candidate must give the same bits five times and agree with the product in float64 (from 32
+tokens on: with the two-step path). All are then replayed twice as CUDA graphs over cold copies of the weight; what is
+1.25 times slower than the best is dropped. The rest take turns for nine rounds (gpu_timing.py) and the best median
+wins, except that the choice of the present table stays if it is within 1 %: tables should not change by noise.
+
+The table is written after every weight, so a run that is cut off leaves what it had. The log holds every time.
 """
 
-# Lambdas here are called before the loop goes on: they may see its variables.
-# ruff: noqa: B023
-
 import argparse
+import inspect
 import json
-import math
 import pathlib
-import statistics
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])  # in place of this folder
+from benchmarks import candidates, gpu_timing, precompile
+from benchmarks.candidates import Choice
 from qerl_compile.kernels import cuda, dispatch, ops, reference
 
 SHAPES = (
-    *((3584, 3584), (512, 3584), (4608, 3584), (18944, 3584), (37888, 3584), (3584, 18944)),  # Qwen2.5-7B
-    *((5120, 5120), (1024, 5120), (7168, 5120), (27648, 5120), (55296, 5120), (5120, 27648)),  # Qwen2.5-32B
+    *((27648, 5120), (5120, 27648), (55296, 5120), (5120, 5120), (7168, 5120), (1024, 5120)),  # Qwen2.5-32B
+    *((18944, 3584), (3584, 18944), (37888, 3584), (3584, 3584), (4608, 3584), (512, 3584)),  # Qwen2.5-7B
     *((576, 576), (192, 576), (960, 576), (1536, 576), (3072, 576), (576, 1536)),  # SmolLM2-135M
 )
-REPLAYS = 9
-LIMIT = 4e-3
+BUCKETS = tuple(bucket for bucket in dispatch.BUCKETS if bucket <= 4096)
+DIRECTIONS = ("forward", "dx")
+LIMIT = 8e-3  # relative error; twice what the GPU tests allow, which look at more
+SLACK = 1.25  # times the best, after two replays
+LOYALTY = 1.01  # times the best, within which the present choice stays
+CHECKED = 512  # rows of a result that are compared
+Table = dict[str, dict[str, dict[str, Choice]]]
 
 
-def replay_us(calls: list[Callable[[], object]]) -> list[float]:
-    """Microseconds per call of a graph that makes each call once; sorted over replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)
+@dataclass(eq=False)
+class Weight:
+    """A random packed weight and what its product should be."""
+
+    n: int
+    k: int
+
+    def __post_init__(self) -> None:
+        w_NK = torch.randn(self.n, self.k, device="cuda", dtype=torch.bfloat16) * 0.02
+        codes, block, global_scale = ops.quantize(w_NK)
+        self.packed = codes, block
+        self.decode_scale = global_scale.reciprocal()
+
+    @cached_property
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """Codes and scales, distinct memory that L2 does not hold."""
+        codes, block = self.packed
+        return [(codes.clone(), block.clone()) for _ in range(gpu_timing.copies_for(self.n, self.k))]
+
+    @cached_property
+    def exact_NK(self) -> Tensor:
+        """float64."""
+        return reference._wide_products(*self.packed, torch.float32).double() * self.decode_scale.double()
+
+    def shrink(self) -> None:
+        """Give the copies and the float64 weight back."""
+        for large in ("copies", "exact_NK"):
+            self.__dict__.pop(large, None)
+
+    def input(self, direction: str, m: int) -> Tensor:
+        """x or dy."""
+        return torch.randn(m, self.k if direction == "forward" else self.n, device="cuda", dtype=torch.bfloat16)
+
+    def call(self, direction: str, x: Tensor, choice: Choice, copy: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """One product."""
+        launch = cuda.linear if direction == "forward" else cuda.linear_dx
+        return launch(x, *(copy or self.packed), self.decode_scale, choice=choice)
 
 
-def forward_candidates(n: int, k: int, m: int, sms: int) -> Iterator[dict[str, Any]]:
-    """What may be fastest for this cell."""
-    if m >= 32:
-        yield dispatch.TWO_STEP
-    if m <= 64:
-        for bm, decode in dispatch._DECODE.items():
-            if m <= bm <= 2 * m or bm == 8 >= m:
-                for per_sm in (1, 3, 5):
-                    slices = dispatch.slices_for(n, k, m, decode, sms, per_sm)
-                    yield {"kernel": "decode", **decode, "slices": slices}
-    if m <= 8:
-        wide = {"BM": 8, "BN": 64, "BK": 256, "SWAP": 1, "num_warps": 2, "num_stages": 4}
-        for per_sm in (2, 4):
-            yield {"kernel": "decode", **wide, "slices": dispatch.slices_for(n, k, m, wide, sms, per_sm)}
-    if k % 256:
-        return
-    for tokens, hopper in dispatch._HOPPER.items():
-        fits = tokens >= m and (tokens <= 2 * m or tokens == 8)
-        fits = fits or (n * k < 1 << 25 and 32 <= tokens < m <= 4 * tokens)  # small layers want more, smaller tiles
-        if not (fits or (m > 64 and tokens == 128) or (m > 128 and tokens == 256)):
-            continue
-        for waves in (-1, 0):
-            yield {"kernel": "hopper", **hopper, "waves": waves}
-        if tokens == 256:
-            yield {"kernel": "hopper", **hopper, "waves": 0, "slots_w": 3}
-        if tokens == 128:
-            yield {"kernel": "hopper", **hopper, "waves": -1, "slots_x": 3}
-        if tokens in (8, 16):
-            pair = {"consumers": 2, "registers": 104, "per_sm": 2}
-            yield {"kernel": "hopper", **hopper, **pair}
-        if tokens == 64:
-            yield {"kernel": "hopper", **hopper, "rows": 128, "slots_w": 3, "waves": -1}
+def rejected(weight: Weight, direction: str, x: Tensor, choice: Choice, expected: Tensor | None) -> str:
+    """Why the candidate must not be used; empty if it may."""
+    y = weight.call(direction, x, choice)
+    if not all(torch.equal(y, weight.call(direction, x, choice)) for _ in range(4)):
+        return "not deterministic"
+    if expected is None:
+        return ""
+    got = y[:: stride(x.shape[0])].double()
+    error = ((got - expected).norm() / expected.norm()).item()
+    return "" if error < LIMIT else f"wrong: {error:.1e}"
 
 
-def dx_candidates(n: int, k: int, m: int, sms: int) -> Iterator[dict[str, Any]]:
-    """What may be fastest for this cell."""
-    yield dispatch.TWO_STEP
-    if m > 256:
-        return
-    small = {"BM": 16 if m <= 16 else 64, "BK": 128, "BN": 64, "num_warps": 4, "num_stages": 4}
-    large = {"BM": 128, "BK": 128, "BN": 64, "num_warps": 8, "num_stages": 4}
-    for config in (small, large) if m > 64 else (small,):
-        tiles = math.ceil(m / config["BM"]) * math.ceil(k / config["BK"])
-        for per_sm in (1, 3):
-            slices = max(1, min(round(per_sm * sms / tiles), n // (2 * config["BN"]), 32))
-            yield {"kernel": "dx", **config, "slices": slices}
+def stride(m: int) -> int:
+    """Of the rows that are compared, at most CHECKED of all parts."""
+    return -(-m // CHECKED)
 
 
-def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of the whole matrix, in the Frobenius norm."""
-    return ((value.double() - exact).norm() / exact.norm()).item()
+def expectation(weight: Weight, direction: str, x: Tensor) -> Tensor:
+    """Some rows of the product."""
+    rows = x[:: stride(x.shape[0])]
+    if x.shape[0] <= 16:
+        return rows.double() @ (weight.exact_NK.T if direction == "forward" else weight.exact_NK)
+    return weight.call(direction, rows.contiguous(), dispatch.TWO_STEP).double()
+
+
+def survivors(times: dict[str, gpu_timing.Times]) -> list[str]:
+    """Those within SLACK of the best."""
+    best = min(least for _, least, _ in times.values())
+    return [name for name, (_, least, _) in times.items() if least <= SLACK * best]
+
+
+def winner(times: dict[str, gpu_timing.Times], incumbent: Choice | None) -> str:
+    """The fastest by median, or the incumbent if it is as good as that."""
+    best = min(times, key=lambda name: times[name][0])
+    present = candidates.name(incumbent) if incumbent else ""
+    return present if present in times and times[present][0] <= LOYALTY * times[best][0] else best
+
+
+def merged(base: Table, tuned: Table) -> Table:
+    """The base with the tuned cells in place of its own; buckets in ascending order."""
+    table: Table = {direction: dict(base.get(direction, {})) for direction in DIRECTIONS}
+    for direction, rows in tuned.items():
+        for shape, row in rows.items():
+            both = {**table[direction].get(shape, {}), **row}
+            table[direction][shape] = dict(sorted(both.items(), key=lambda item: int(item[0])))
+    return table
+
+
+def tune_cell(
+    weight: Weight, direction: str, m: int, choices: list[Choice], incumbent: Choice | None, clock: gpu_timing.Clock
+) -> tuple[Choice | None, dict[str, gpu_timing.Times]]:
+    """The best choice and every candidate's times; None if no candidate may be used."""
+    if len(choices) == 1:
+        return choices[0], {}
+    x = weight.input(direction, m)
+    expected = expectation(weight, direction, x)
+    capture = gpu_timing.Capture()
+    graphs: dict[str, Callable[[], object]] = {}
+    size = 0
+    for choice in choices:
+        try:
+            if reason := rejected(weight, direction, x, choice, None if choice == dispatch.TWO_STEP else expected):
+                print(f"# {reason}: {direction} {weight.n}x{weight.k} {m} {choice}", flush=True)
+                continue
+            calls = [lambda copy=copy, choice=choice: weight.call(direction, x, choice, copy) for copy in weight.copies]
+            calls = gpu_timing.repeated(calls, 8 if m <= 512 else 2)
+            graphs[candidates.name(choice)], size = capture(calls).replay, len(calls)
+        except Exception as error:
+            print(f"# failed: {direction} {weight.n}x{weight.k} {m} {choice}: {error!r:.200}", flush=True)
+    if not graphs:
+        return None, {}
+    sizes = dict.fromkeys(graphs, size)
+    times = gpu_timing.interleaved(graphs, 2, clock, calls=sizes)
+    kept = {name: graphs[name] for name in survivors(times)}
+    finals = gpu_timing.interleaved(kept, 9, clock, calls=sizes)
+    return json.loads(winner(finals, incumbent)), times | finals
+
+
+def warm_up(cells: list[tuple[str, Weight, int, list[Choice]]]) -> None:
+    """Compile every form; the same form with other divisibilities of N, K and M is another one."""
+    jobs = {}
+    for direction, weight, m, choices in cells:
+        for choice in choices if len(choices) > 1 else ():
+            key = (direction, candidates.form(choice), weight.n % 128, weight.k % 256)
+            jobs.setdefault(key, precompile.Job(direction, weight.n, weight.k, m, choice))
+    failures = precompile.precompile(list(jobs.values()))
+    print(*(f"# {failure}" for failure in failures), sep="\n", flush=True)
+    print(f"{len(jobs)} forms", end=" ", flush=True)
+
+
+def routed(choices: list[Choice]) -> list[Choice]:
+    """Without kernels that cuda.py does not name: it would run two-step for them, and the table would be wrong."""
+    source = inspect.getsource(cuda)
+    return [choice for choice in choices if choice == dispatch.TWO_STEP or f'"{choice["kernel"]}"' in source]
+
+
+def present_table(capability: tuple[int, int]) -> Table:
+    """The checked-in table, also the incumbents."""
+    return dispatch._table(capability) or {direction: {} for direction in DIRECTIONS}
 
 
 def main() -> None:
-    capability = torch.cuda.get_device_capability()
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    default = f"qerl_compile/kernels/tables/sm_{capability[0]}{capability[1]}.json"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=default)
+    parser.add_argument("--only", default="", help='cells whose name matches, e.g. "forward (27648|5120)x.* (1|8|16)$"')
+    parser.add_argument("--merge", action="store_true", help="keep the present table's other cells")
+    parser.add_argument("--out", default="", help="default: this device's table in qerl_compile/kernels/tables")
     parser.add_argument("--log", default=None)
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new shape is begun")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new cell is begun")
     options = parser.parse_args()
     begin = time.time()
+    capability = torch.cuda.get_device_capability()
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    out = options.out or f"qerl_compile/kernels/tables/sm_{capability[0]}{capability[1]}.json"
     torch.manual_seed(0)
-    table: dict[str, Any] = {"forward": {}, "dx": {}}
-    log = []
-    warm_up(sms)
-    print(f"compiled in {time.time() - begin:.0f} s", flush=True)
+    torch.set_grad_enabled(False)
+    clock = gpu_timing.GpuClock()
+    present = present_table(capability)
+    cells: list[tuple[str, Weight, int, list[Choice]]] = []
     for n, k in SHAPES:
-        if time.time() - begin > options.limit:
-            break
-        w_NK = (torch.randn(n, k, device="cuda") * 0.02).bfloat16()
-        codes, block, global_scale = ops.quantize(w_NK)
-        decode = global_scale.reciprocal()
-        products = reference._wide_products(codes, block, torch.float32)
-        copies = [(codes.clone(), block.clone()) for _ in range(max(2, min(24, math.ceil(1.5e8 / codes.numel()))))]
-        for direction, candidates, launch in (
-            ("forward", forward_candidates, cuda.linear),
-            ("dx", dx_candidates, cuda.linear_dx),
-        ):
-            row = table[direction].setdefault(f"{n}x{k}", {})
-            for m in dispatch.BUCKETS:
-                if m > 4096 or (direction == "dx" and m not in (1, 16, 64, 128, 256, 1024)):
-                    continue
-                x = torch.randn(m, k if direction == "forward" else n, device="cuda").bfloat16()
-                part = slice(0, 512)
-                weight = (products if direction == "dx" else products.T).double() if m <= 16 else None
-                exact = None if weight is None else (x[part].double() @ weight) * decode.double()
-                results = []
-                for choice in candidates(n, k, m, sms):
-                    try:
-                        y = launch(x, codes, block, decode, choice=choice)
-                        again = [launch(x, codes, block, decode, choice=choice) for _ in range(4)]
-                        if not all(torch.equal(y, other) for other in again):
-                            print(f"NOT DETERMINISTIC {direction} {n}x{k} m={m} {choice}", flush=True)
-                            continue
-                        if exact is None:  # the first candidate that was checked at few tokens serves as reference
-                            exact = launch(x, codes, block, decode, choice=dispatch.TWO_STEP).double()
-                        error = relative_error(y[part], exact[part])
-                        if not error < 2 * LIMIT:
-                            print(f"WRONG {direction} {n}x{k} m={m} {choice}: {error:.1e}", flush=True)
-                            continue
-                        calls = [lambda c=c, b=b, ch=choice: launch(x, c, b, decode, choice=ch) for c, b in copies]
-                        times = replay_us(calls)
-                    except Exception as error:
-                        print(f"FAILED {direction} {n}x{k} m={m} {choice}: {error!r:.200}", flush=True)
-                        continue
-                    results.append((statistics.median(times), times[0], times[-1], choice))
-                if results:
-                    best = min(results, key=lambda r: r[0])
-                    row[str(m)] = best[3]
-                    log.append({"direction": direction, "n": n, "k": k, "m": m, "results": results})
-        summary = " ".join(f"{m}:{c['kernel'][:2]}" for m, c in table["forward"][f"{n}x{k}"].items())
-        print(f"{n}x{k}: {summary}  [{time.time() - begin:.0f} s]", flush=True)
-    pathlib.Path(options.out).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    if options.log:
-        pathlib.Path(options.log).write_text(json.dumps(log), encoding="utf-8")
+        names = [(d, m) for d in DIRECTIONS for m in BUCKETS if re.search(options.only, f"{d} {n}x{k} {m}")]
+        weight = Weight(n, k) if names else None
+        for direction, m in names:
+            incumbent = present.get(direction, {}).get(f"{n}x{k}", {}).get(str(m))
+            choices = routed(candidates.of(direction, n, k, m, multiprocessors, incumbent))
+            cells.append((direction, weight, m, choices))
+    warm_up(cells)
+    print(f"of {len(cells)} cells compiled in {time.time() - begin:.0f} s", flush=True)
+    tuned: Table = {direction: {} for direction in DIRECTIONS}
+    log: list[dict[str, Any]] = []
+    for weight in dict.fromkeys(cell[1] for cell in cells):
+        shape = f"{weight.n}x{weight.k}"
+        for direction, _, m, choices in (cell for cell in cells if cell[1] is weight):
+            if time.time() - begin > options.limit:
+                print(f"# time limit: {direction} {shape} {m} not tuned", flush=True)
+                continue
+            incumbent = present.get(direction, {}).get(shape, {}).get(str(m))
+            choice, times = tune_cell(weight, direction, m, choices, incumbent, clock)
+            if choice is not None:
+                tuned[direction].setdefault(shape, {})[str(m)] = choice
+                log.append({"direction": direction, "n": weight.n, "k": weight.k, "m": m, "times": times})
+        weight.shrink()
+        torch.cuda.empty_cache()
+        table = merged(present if options.merge else {}, tuned)
+        pathlib.Path(out).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        if options.log:
+            pathlib.Path(options.log).write_text(json.dumps(log), encoding="utf-8")
+        print(*summary_lines(shape, tuned, log, time.time() - begin), sep="\n", flush=True)
 
 
-def warm_up(sms: int) -> None:
-    """Compile the variants side by side; only the launches wait for each other."""
-
-    def run(job: tuple[Callable[..., Any], int, int, int, dict[str, Any]]) -> None:
-        launch, n, k, m, choice = job
-        try:
-            codes, block, global_scale = ops.quantize(torch.randn(n, k, device="cuda").bfloat16())
-            x = torch.randn(m, k if launch is cuda.linear else n, device="cuda").bfloat16()
-            launch(x, codes, block, global_scale, choice=choice)
-        except Exception as error:
-            print(f"{choice}: {error!r:.200}", flush=True)
-
-    jobs = {}
-    for n, k in ((1024, 1024), (576, 576), (192, 576), (576, 1536)):
-        for m in dispatch.BUCKETS[:8]:
-            for launch, candidates in ((cuda.linear, forward_candidates), (cuda.linear_dx, dx_candidates)):
-                for choice in candidates(n, k, m, sms):
-                    shape_free = {key: value for key, value in choice.items() if key not in ("waves", "slices")}
-                    split = min(choice.get("slices", 1), 2)
-                    jobs[(launch, k % 256, n % 128, split, str(shape_free))] = (launch, n, k, m, choice)
-    with ThreadPoolExecutor(14) as pool:
-        list(pool.map(run, jobs.values()))
-    torch.cuda.synchronize()
+def summary_lines(shape: str, tuned: Table, log: list[dict[str, Any]], seconds: float) -> list[str]:
+    """Per direction: bucket, kernel and microseconds of the winners."""
+    lines = []
+    for direction in DIRECTIONS:
+        parts = []
+        for bucket, choice in tuned[direction].get(shape, {}).items():
+            cell = next(
+                c for c in log if (c["direction"], f"{c['n']}x{c['k']}", c["m"]) == (direction, shape, int(bucket))
+            )
+            times = cell["times"].get(candidates.name(choice))
+            parts.append(f"{bucket}:{choice['kernel'][:6]}" + (f" {times[0]:.1f}" if times else ""))
+        if parts:
+            lines.append(f"{shape} {direction} [{seconds:.0f} s] " + ", ".join(parts))
+    return lines
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from torch import Tensor
 from qerl_compile.kernels import dispatch, ops, reference
 from qerl_compile.kernels.checks import check_activation, check_dtype, check_packed, check_weight
 
+RANKS = (16, 32, 64, 128)  # of LoRA branches that kernels add in their epilogue
+
 
 @cache
 def _device(index: int) -> tuple[tuple[int, int], int]:
@@ -51,25 +53,23 @@ def linear(
         bfloat16 [M, N].
     """
     from qerl_compile.kernels import nvfp4_decode, nvfp4_two_step
-    from qerl_compile.kernels.nvfp4_arithmetic import GLUON, STANDARD, TWIDDLED
+    from qerl_compile.kernels.nvfp4_arithmetic import STANDARD, TWIDDLED
 
     x_MK = _rows(x_MK)
     n, k, m = codes_NK2.shape[0], codes_NK2.shape[1] * 2, x_MK.shape[0]
     capability, multiprocessors = _device(x_MK.device.index)
     if choice is None:
         choice = dispatch.choose("forward", n, k, m, capability, multiprocessors)
+    if choice["kernel"] in ("hopper", "stream"):
+        y_MN = None
+        if not twiddled:
+            y_MN = _gluon_linear(x_MK, codes_NK2, block_NG, decode_scale, h_MR, lora_B_NR, choice, multiprocessors)
+        if y_MN is not None:
+            return y_MN
+        choice = dispatch.portable(n, k, m, multiprocessors)
     layout = TWIDDLED if twiddled else STANDARD
-    if choice["kernel"] == "hopper" and not GLUON:
-        choice = dispatch.portable(n, k, m, multiprocessors)
-    if choice["kernel"] == "hopper":
-        from qerl_compile.kernels import nvfp4_hopper
-
-        if not twiddled and nvfp4_hopper.supports(codes_NK2, block_NG):
-            y_MN = nvfp4_hopper.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors)
-            return _add_lora(y_MN, h_MR, lora_B_NR)
-        choice = dispatch.portable(n, k, m, multiprocessors)
     if choice["kernel"] == "decode":
-        in_kernel = h_MR is not None and h_MR.shape[1] in (16, 32, 64, 128)
+        in_kernel = h_MR is not None and h_MR.shape[1] in RANKS
         h, lora = (h_MR, lora_B_NR) if in_kernel else (None, None)
         y_MN = nvfp4_decode.linear(
             x_MK, codes_NK2, block_NG, decode_scale, choice, layout=layout, h_MR=h, lora_B_NR=lora
@@ -77,6 +77,39 @@ def linear(
         return y_MN if in_kernel else _add_lora(y_MN, h_MR, lora_B_NR)
     y_MN = nvfp4_two_step.linear(x_MK, codes_NK2, block_NG, decode_scale, layout=layout)
     return _add_lora(y_MN, h_MR, lora_B_NR)
+
+
+def _gluon_linear(
+    x_MK: Tensor,
+    codes_NK2: Tensor,
+    block_NG: Tensor,
+    decode_scale: Tensor,
+    h_MR: Tensor | None,
+    lora_B_NR: Tensor | None,
+    choice: dict[str, Any],
+    multiprocessors: int,
+) -> Tensor | None:
+    """`linear` by the kernels whose registers we lay out ourselves; None where they cannot take the weight."""
+    from qerl_compile.kernels.nvfp4_arithmetic import GLUON
+
+    if not GLUON:
+        return None
+    from qerl_compile.kernels import nvfp4_hopper, nvfp4_stream_launch
+
+    h, lora = h_MR, lora_B_NR
+    if choice["kernel"] == "stream":
+        if not nvfp4_stream_launch.supports(codes_NK2, block_NG):
+            return None
+        if h is not None and h.shape[1] not in RANKS:
+            h, lora = None, None
+        y_MN = nvfp4_stream_launch.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, h_MR=h, lora_B_NR=lora)
+    else:
+        if not nvfp4_hopper.supports(codes_NK2, block_NG):
+            return None
+        if h is None or lora is None or not nvfp4_hopper.supports_lora(h, lora, choice):
+            h, lora = None, None
+        y_MN = nvfp4_hopper.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors, h, lora)
+    return y_MN if h is h_MR else _add_lora(y_MN, h_MR, lora_B_NR)
 
 
 def linear_dx(
@@ -102,14 +135,21 @@ def linear_dx(
         bfloat16 [M, K].
     """
     from qerl_compile.kernels import nvfp4_dx, nvfp4_two_step
-    from qerl_compile.kernels.nvfp4_arithmetic import STANDARD, TWIDDLED
+    from qerl_compile.kernels.nvfp4_arithmetic import GLUON, STANDARD, TWIDDLED
 
     dy_MN = _rows(dy_MN)
     layout = TWIDDLED if twiddled else STANDARD
+    n, k, m = codes_NK2.shape[0], codes_NK2.shape[1] * 2, dy_MN.shape[0]
+    capability, multiprocessors = _device(dy_MN.device.index)
     if choice is None:
-        capability, multiprocessors = _device(dy_MN.device.index)
-        n, k = codes_NK2.shape[0], codes_NK2.shape[1] * 2
-        choice = dispatch.choose("dx", n, k, dy_MN.shape[0], capability, multiprocessors)
+        choice = dispatch.choose("dx", n, k, m, capability, multiprocessors)
+    if choice["kernel"] == "hopper_dx":
+        if GLUON and not twiddled:
+            from qerl_compile.kernels import nvfp4_hopper_dx
+
+            if nvfp4_hopper_dx.supports(codes_NK2, block_NG):
+                return nvfp4_hopper_dx.linear_dx(dy_MN, codes_NK2, block_NG, decode_scale, choice, multiprocessors)
+        choice = dispatch.portable_dx(n, k, m, multiprocessors)
     if choice["kernel"] == "dx":
         return nvfp4_dx.linear_dx(dy_MN, codes_NK2, block_NG, decode_scale, choice, layout=layout)
     return nvfp4_two_step.linear_dx(dy_MN, codes_NK2, block_NG, decode_scale, layout=layout)

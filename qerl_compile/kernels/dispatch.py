@@ -7,8 +7,10 @@ on every run and every rank.
 A table maps a direction ("forward" or "dx"), a weight "NxK" and a bucket of tokens to a choice. A bucket is named by
 its largest number of tokens: 5 tokens use bucket "8". Choices are
 
+    {"kernel": "stream",   R, W, T, SLICES, NATURAL, ...}                        nvfp4_stream.py
     {"kernel": "decode",   BM, BN, BK, SWAP, slices, num_warps, num_stages}      nvfp4_decode.py
     {"kernel": "hopper",   tokens, rows, consumers, slots_w, ..., waves}         nvfp4_hopper.py
+    {"kernel": "hopper_dx", tokens, steps, slots, ..., waves, share}             nvfp4_hopper_dx.py
     {"kernel": "dx",       BM, BK, BN, slices, num_warps, num_stages}            nvfp4_dx.py
     {"kernel": "two_step"}                                                       nvfp4_two_step.py
 
@@ -66,10 +68,7 @@ def choose(direction: str, n: int, k: int, m: int, capability: tuple[int, int], 
 
 def _rule(direction: str, n: int, k: int, m: int, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any]:
     if direction == "dx":
-        if m > 128:
-            return TWO_STEP
-        tiles = -(-m // 64) * -(-k // 128)
-        return {**_DX_SMALL, "slices": max(1, min(2 * multiprocessors // tiles, n // 256, 32))}
+        return portable_dx(n, k, m, multiprocessors)
     if capability[0] == 9 and k % 256 == 0 and n * k >= 1 << 20:
         bucket = next((b for b in _HOPPER if m <= b), None)
         if bucket is not None:
@@ -84,6 +83,14 @@ def portable(n: int, k: int, m: int, multiprocessors: int) -> dict[str, Any]:
     if bucket is None:
         return TWO_STEP
     return {"kernel": "decode", **_DECODE[bucket], "slices": slices_for(n, k, m, _DECODE[bucket], multiprocessors)}
+
+
+def portable_dx(n: int, k: int, m: int, multiprocessors: int) -> dict[str, Any]:
+    """The same for dx."""
+    if m > 128:
+        return TWO_STEP
+    tiles = -(-m // 64) * -(-k // 128)
+    return {**_DX_SMALL, "slices": max(1, min(2 * multiprocessors // tiles, n // 256, 32))}
 
 
 def slices_for(n: int, k: int, m: int, config: dict[str, int], multiprocessors: int, per_sm: int = 3) -> int:

@@ -1,32 +1,51 @@
-"""Launching the warp-specialized Hopper kernel: tile shapes, grid, descriptors, dependent launch.
+"""Launching the warp-specialized Hopper kernel: tile shapes, grid, descriptors, LoRA, dependent launch.
 
-`linear` permutes x, then runs nvfp4_wgmma.kernel over a persistent grid. Both launches may be *programmatic
-dependents*: the kernel then starts while the one before it ends, sets up its barriers and asks for its first weights,
-and only then waits for x. That saves about 1 µs at few tokens; with large tiles it costs 3 to 5, because waiting CTAs
-take room from the ones that still work, so it is part of the configuration.
+`linear` permutes x, then runs nvfp4_wgmma.kernel over a persistent grid. What follows from shapes and configuration
+alone is worked out once (`_plan`); a call is two prepared launches (prepared_launch.py) and one allocation.
 
 A config names the tile and the pipeline:
     tokens       columns of a tile, 8 to 256
-    rows         weight rows of a consumer, 64 or 128;  consumers  1 or 2
+    rows         weight rows of a consumer, 64 or 128 (two accumulators);  consumers  1 or 2
     slots_w      weight tiles in flight;  slots_x  groups of x planes in flight (a group is what one copy fetches:
                  4 planes of 64 columns up to 64 tokens, 2 at 128, 1 at 256)
     registers    of the second consumer's threads;  max_registers  of the kernel, 0 for the most;  per_sm  CTAs per SM
     waves        whole tiles per CTA before the rest is shared: -1 as many as fit, 0 share everything
-    dependent    1 to launch as programmatic dependents
+    dependent    programmatic dependent launch of: 0 nothing, 1 both kernels, 2 the main kernel only
+
+Programmatic dependent launch. A kernel so launched may start when every CTA of the one before has exited or executed
+`launch_dependents`; that one's writes it may read only after `griddepcontrol.wait`, which waits for its end.
+    1: the permutation triggers and waits at its start, the main kernel triggers at its start and waits before x. Then
+       the next call's two kernels may sit on the device while this one still computes: good with few tokens (-0.5 to
+       -1.5 µs), bad with large tiles (+3 to +5), where they take room from CTAs that work.
+    2: the permutation is an ordinary launch that triggers at its start; the main kernel does not trigger. So only the
+       main kernel's start (barriers, warp specialization, the first weights) overlaps the permutation.
+What may be read when. Weights and block scales are read before the wait, all else (x, partial sums, counters,
+decode_scale, h, B, and every write) after x has arrived in shared memory, hence after the wait of that CTA's producer.
+    2: the permutation started after all earlier kernels had ended and been flushed, and the main kernel starts after
+       the permutation did: whatever those wrote, weights included, is there. Only x needs the wait.
+    1: the main kernel may start before the permutation has waited for *its* predecessor. After the wait all is there
+       as well, for the permutation itself ended after waiting. Before it, nothing that the kernel directly before the
+       permutation wrote: a weight written by that very kernel must not come with 1. (Weights are constants here. After
+       `quantize` comes the reciprocal that makes decode_scale, and that is an ordinary launch.)
+Buffers are not overwritten too early either: in both, the permutation writes only when the previous call's main kernel
+has ended, in 1 because it waits first.
 """
 
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
-from torch import Tensor, empty, int32
-from torch import bfloat16 as bf16
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+import torch
+from torch import Tensor
 
 from qerl_compile.kernels import nvfp4_wgmma
-from qerl_compile.kernels.nvfp4_permute import permute
+from qerl_compile.kernels.nvfp4_permute import permute, permuted_rows
 from qerl_compile.kernels.nvfp4_wgmma_layouts import CODES_SMEM, TILE_K, X_SMEM
-from qerl_compile.kernels.nvfp4_workspace import flags, partial_sums
+from qerl_compile.kernels.nvfp4_workspace import partial_sums, permuted, turn
+from qerl_compile.kernels.prepared_launch import Box, BoxKind, prepare
 
-__all__ = ["linear", "supports"]
+__all__ = ["linear", "supports", "supports_lora"]
+
+RANKS = (16, 32, 64, 128)
 
 
 def supports(codes_NK2: Tensor, block_NG: Tensor) -> bool:
@@ -35,15 +54,82 @@ def supports(codes_NK2: Tensor, block_NG: Tensor) -> bool:
     return whole and codes_NK2.data_ptr() % 16 == 0 and block_NG.data_ptr() % 4 == 0
 
 
+def supports_lora(h_MR: Tensor, lora_B_NR: Tensor, config: dict[str, Any]) -> bool:
+    """Whether h · Bᵀ can be added in the epilogue: bfloat16, rank 16, 32, 64 or 128, contiguous rows.
+
+    Two accumulators of 128 tokens leave it no registers: some 260 spills, where a second pass over y costs less.
+    """
+    if config["rows"] * config["tokens"] == 128 * 128:
+        return False
+    bf16 = h_MR.dtype is torch.bfloat16 and lora_B_NR.dtype is torch.bfloat16
+    return bf16 and h_MR.shape[1] in RANKS and h_MR.stride(1) == 1 and lora_B_NR.stride(1) == 1
+
+
+class _Plan(NamedTuple):
+    """What a call needs and its tensors' contents and addresses do not change."""
+
+    launch: Any
+    grid: tuple[int]
+    x: BoxKind
+    w: BoxKind
+    rows_x: int  # of the permuted activations
+    partial: int  # words of partial sums, after which the counters lie
+    counters: int
+    integers: tuple[int, ...]
+
+
+@cache
+def _box(rows: int, columns: int, layout: object) -> BoxKind:
+    """One object per kind: plans of different M share their descriptors."""
+    return BoxKind((rows, columns), layout)
+
+
+@lru_cache(maxsize=4096)
+def _plan(m: int, n: int, k: int, rank: int, multiprocessors: int, items: tuple[tuple[str, Any], ...]) -> _Plan:
+    config = dict(items)
+    tokens, rows, consumers = config["tokens"], config["rows"], config["consumers"]
+    group = min(4, 256 // tokens)
+    k_tiles = k // TILE_K
+    m_tiles = -(-m // tokens)
+    tiles = m_tiles * -(-n // (rows * consumers))
+    grid = min(multiprocessors * config["per_sm"], tiles * k_tiles)
+    waves = tiles // grid if config["waves"] < 0 else config["waves"]
+    if 0 < (tiles - waves * grid) * k_tiles < grid:
+        waves -= 1  # every CTA must get a run: the owner of a shared tile waits for all that come after it
+    shared = tiles - waves * grid
+    options: dict[str, int] = {"num_warps": 4}
+    if config["dependent"]:
+        options["launch_pdl"] = True
+    if config["max_registers"]:
+        options["maxnreg"] = config["max_registers"]
+    launch = prepare(
+        nvfp4_wgmma.kernel, TOKENS=tokens, ROWS=rows, CONSUMERS=consumers, SLOTS_W=config["slots_w"],
+        SLOTS_X=config["slots_x"], GROUP=group, CONSUMER_REGISTERS=config["registers"],
+        DEPENDENT=config["dependent"], RANK=rank, **options,
+    )  # fmt: skip
+    return _Plan(
+        launch=launch,
+        grid=(grid,),
+        x=_box(group * tokens, 64, X_SMEM),
+        w=_box(rows, 128, CODES_SMEM),
+        rows_x=permuted_rows(m, k, tokens),
+        partial=grid * consumers * rows * tokens if shared else 0,
+        counters=shared * consumers,
+        integers=(m, n, k_tiles, m_tiles, waves, shared * k_tiles, n),
+    )
+
+
 def linear(
     x_MK: Tensor,
     codes_NK2: Tensor,
     block_NG: Tensor,
     decode_scale: Tensor,
-    config: dict[str, int],
+    config: dict[str, Any],
     multiprocessors: int,
+    h_MR: Tensor | None = None,
+    lora_B_NR: Tensor | None = None,
 ) -> Tensor:
-    """y = (x · Pᵀ) · decode_scale.
+    """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ].
 
     Args:
         x_MK: bfloat16 [M, K], rows contiguous and 4-byte aligned.
@@ -52,35 +138,25 @@ def linear(
         decode_scale: float32, one element.
         config: see above.
         multiprocessors: of the device.
+        h_MR: bfloat16 [M, R] that `supports_lora` accepts, alpha / rank included.
+        lora_B_NR: bfloat16 [N, R].
 
     Returns:
         bfloat16 [M, N].
     """
     m, k = x_MK.shape
     n = codes_NK2.shape[0]
-    tokens, rows, consumers = config["tokens"], config["rows"], config["consumers"]
-    group = min(4, 256 // tokens)
-    dependent = bool(config["dependent"])
-    k_tiles = k // TILE_K
-    m_tiles = -(-m // tokens)
-    tiles = m_tiles * -(-n // (rows * consumers))
-    grid = min(multiprocessors * config["per_sm"], tiles * k_tiles)
-    waves = tiles // grid if config["waves"] < 0 else config["waves"]
-    y_MN = empty(m, n, dtype=bf16, device=x_MK.device)
-    options: dict[str, int] = {"num_warps": 4, **({"launch_pdl": True} if dependent else {})}
-    if config["max_registers"]:
-        options["maxnreg"] = config["max_registers"]
-    launch: Any = nvfp4_wgmma.kernel[(grid,)]  # Triton types a launch by its device code, where an int is a constexpr
-    launch(
-        TensorDescriptor.from_tensor(permute(x_MK, tokens, dependent=dependent), [group * tokens, 64], X_SMEM),
-        TensorDescriptor.from_tensor(codes_NK2, [rows, 128], CODES_SMEM),
-        block_NG.view(int32),
-        decode_scale,
-        y_MN,
-        partial_sums(x_MK.device, grid * consumers * rows * tokens),
-        flags(x_MK.device, tiles * consumers),
-        m, n, k_tiles, m_tiles, waves, (tiles - waves * grid) * k_tiles, y_MN.stride(0),
-        TOKENS=tokens, ROWS=rows, CONSUMERS=consumers, SLOTS_W=config["slots_w"], SLOTS_X=config["slots_x"],
-        GROUP=group, CONSUMER_REGISTERS=config["registers"], **options,
-    )  # fmt: skip
+    rank = 0 if h_MR is None else h_MR.shape[1]
+    plan = _plan(m, n, k, rank, multiprocessors, tuple(config.items()))
+    device = x_MK.device
+    y_MN = x_MK.new_empty(m, n)
+    strides = (1, 1) if h_MR is None or lora_B_NR is None else (h_MR.stride(0), lora_B_NR.stride(0))
+    with turn(device):
+        part = partial_sums(device, plan.partial + plan.counters)
+        x = permuted(device, plan.rows_x)
+        permute(x_MK, config["tokens"], dependent=config["dependent"], out=x, clear=(part, plan.partial, plan.counters))
+        plan.launch(
+            plan.grid, Box(x, plan.x), Box(codes_NK2, plan.w), block_NG, decode_scale, y_MN, part, h_MR, lora_B_NR,
+            *plan.integers, *strides,
+        )  # fmt: skip
     return y_MN

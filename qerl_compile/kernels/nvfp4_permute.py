@@ -3,11 +3,16 @@
 nvfp4_wgmma_layouts.py renames the columns of every 256: thread t of a quad takes columns 64 t to 64 t + 63. One lane
 here moves one word's worth of x, eight neighbours (16 bytes), to the four places of its pairs (i, i + 4). Planes of 64
 positions are laid one after the other for every tile of tokens, so that the copy engine fetches several at once. The
-pass reads and writes x once; at decode sizes that is launch latency, part of which programmatic dependent launch hides.
+pass reads and writes x once; at decode sizes that is launch latency, part of which programmatic dependent launch hides
+(nvfp4_hopper.py says how and what is safe). It also sets to zero the counters of the kernel that follows: a counter
+that needs no memory filled beforehand costs no node of its own in a CUDA graph.
 """
 
 # ruff: noqa: ANN001, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -15,14 +20,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qerl_compile.kernels.prepared_launch import prepare
+
 LANES = 512
 
 
-@triton.jit(do_not_specialize=["M"])
-def _kernel(x_ptr, out_ptr, K, stride_x, M, TOKENS: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr):
-    if DEPENDENT:
+@triton.jit(do_not_specialize=["M", "counter_at", "counters"])
+def _kernel(
+    x_ptr, out_ptr, counter_ptr, K, stride_x, M, counter_at, counters,
+    TOKENS: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    if DEPENDENT > 0:
         gdc_launch_dependents()
+    if DEPENDENT == 1:
         gdc_wait()
+    x_word_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    out_word_ptr = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     per_row = K // 8
     m = (lane // per_row).to(tl.int64)
@@ -32,41 +45,63 @@ def _kernel(x_ptr, out_ptr, K, stride_x, M, TOKENS: tl.constexpr, LANES: tl.cons
     half = (column // 16) % 2
     group = column // 32
     inside = m < M
-    src = x_ptr + m * stride_x + group * 128 + t * 32 + half * 16 + word * 4
+    src = x_word_ptr + m * (stride_x // 2) + group * 128 + t * 32 + half * 16 + word * 4
     words = tl.load(src[:, None] + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0)
     w02, w13 = tl.split(words.reshape(LANES, 2, 2))
     w0, w2 = tl.split(w02)
     w1, w3 = tl.split(w13)
     plane = m // TOKENS * (K // 64) + group * 4 + half * 2
-    out = out_ptr + (plane * TOKENS + m % TOKENS) * 32 + word * 8 + t
+    out = out_word_ptr + (plane * TOKENS + m % TOKENS) * 32 + word * 8 + t
     tl.store(out, (w0 & 0xFFFF) | (w2 << 16), mask=inside)
     tl.store(out + 4, ((w0 >> 16) & 0xFFFF) | (w2 & -65536), mask=inside)
     tl.store(out + TOKENS * 32, (w1 & 0xFFFF) | (w3 << 16), mask=inside)
     tl.store(out + TOKENS * 32 + 4, ((w1 >> 16) & 0xFFFF) | (w3 & -65536), mask=inside)
+    if CLEAR:
+        for start in range(tl.program_id(0) * LANES, counters, tl.num_programs(0) * LANES):
+            counter = start + tl.arange(0, LANES)
+            tl.store(counter_ptr + counter_at + counter, tl.zeros([LANES], tl.float32), mask=counter < counters)
 
 
-def permute(x_MK: Tensor, tokens: int, *, dependent: bool = False) -> Tensor:
+def permuted_rows(m: int, k: int, tokens: int) -> int:
+    """Rows of 64 positions that x takes in this order."""
+    return -(-m // tokens) * tokens * (k // 64)
+
+
+def permute(
+    x_MK: Tensor,
+    tokens: int,
+    *,
+    dependent: int = 0,
+    out: Tensor | None = None,
+    clear: tuple[Tensor, int, int] | None = None,
+) -> Tensor:
     """Reorder x for `nvfp4_wgmma.kernel`.
 
     Args:
-        x_MK: 2-byte dtype [M, K], rows contiguous and 4-byte aligned, K a multiple of 256.
+        x_MK: bfloat16 [M, K], rows contiguous and 4-byte aligned, K a multiple of 256.
         tokens: of a tile.
-        dependent: use programmatic dependent launch (Hopper and newer).
+        dependent: as in nvfp4_hopper.py's config: 1 is itself launched as a programmatic dependent; 1 and 2 let the
+            next kernel start at once.
+        out: bfloat16 [>= permuted_rows, 64], where to write it; else it is allocated.
+        clear: a float32 tensor, an index into it and a count: that many words are set to zero.
 
     Returns:
-        [ceil(M / tokens) * (K / 64) * tokens, 64], same dtype: tile of tokens, plane, token, position. Rows of tokens
-        from M on are not written: they feed output columns that nobody stores.
+        [>= permuted_rows, 64], same dtype: tile of tokens, plane, token, position. Rows of tokens from M on are not
+        written: they feed output columns that nobody stores.
     """
     m, k = x_MK.shape
-    rows = triton.cdiv(m, tokens) * tokens * (k // 64)
-    out = torch.empty(rows, 64, dtype=x_MK.dtype, device=x_MK.device)
-    words = x_MK.view(torch.int32)
-    extra = {"launch_pdl": True} if dependent else {}
-    _kernel[(triton.cdiv(m * (k // 8), LANES),)](
-        words, out.view(torch.int32), k, words.stride(0), m,
-        TOKENS=tokens, LANES=LANES, DEPENDENT=dependent, num_warps=4, **extra,
-    )  # fmt: skip
+    if out is None:
+        out = torch.empty(permuted_rows(m, k, tokens), 64, dtype=x_MK.dtype, device=x_MK.device)
+    counters, counter_at, count = clear or (None, 0, 0)
+    launch = _launch(tokens, dependent, clear is not None)
+    launch((-(-m * (k // 8) // LANES),), x_MK, out, counters, k, x_MK.stride(0), m, counter_at, count)
     return out
+
+
+@cache
+def _launch(tokens: int, dependent: int, clear: bool) -> Any:
+    options: dict[str, int] = {"launch_pdl": True} if dependent == 1 else {}
+    return prepare(_kernel, TOKENS=tokens, LANES=LANES, DEPENDENT=dependent, CLEAR=clear, num_warps=4, **options)
 
 
 def column_order(k: int) -> Tensor:

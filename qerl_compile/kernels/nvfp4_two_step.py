@@ -14,21 +14,23 @@ from torch import Tensor
 
 from qerl_compile.kernels.nvfp4_arithmetic import STANDARD
 from qerl_compile.kernels.nvfp4_dequantize import dequantize_into
-from qerl_compile.kernels.nvfp4_workspace import dense_weight
+from qerl_compile.kernels.nvfp4_workspace import dense_weight, turn
 
 
 def linear(
     x_MK: Tensor, codes_NK2: Tensor, block_NG: Tensor, decode_scale: Tensor, *, layout: int = STANDARD
 ) -> Tensor:
     """y [M, N] = x [M, K] · wᵀ in bfloat16."""
-    return torch.mm(x_MK, _weight(codes_NK2, block_NG, decode_scale, layout).T)
+    with turn(x_MK.device):
+        return torch.mm(x_MK, _weight(codes_NK2, block_NG, decode_scale, layout).T)
 
 
 def linear_dx(
     dy_MN: Tensor, codes_NK2: Tensor, block_NG: Tensor, decode_scale: Tensor, *, layout: int = STANDARD
 ) -> Tensor:
     """dx [M, K] = dy [M, N] · w in bfloat16."""
-    return torch.mm(dy_MN, _weight(codes_NK2, block_NG, decode_scale, layout))
+    with turn(dy_MN.device):
+        return torch.mm(dy_MN, _weight(codes_NK2, block_NG, decode_scale, layout))
 
 
 def _weight(codes_NK2: Tensor, block_NG: Tensor, decode_scale: Tensor, layout: int) -> Tensor:

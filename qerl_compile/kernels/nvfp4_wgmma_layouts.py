@@ -27,17 +27,11 @@ WARPS = 4  # of one warp group
 TILE_K = 256  # columns of one weight tile
 PLANE_K = 64  # positions of one plane
 
-_WARP_ROWS = [[16, 0], [32, 0]]
-_QUAD_ROWS = [[4, 0], [2, 0], [8, 0]]
+WARP_ROWS = [[16, 0], [32, 0]]
+QUAD_ROWS = [[4, 0], [2, 0], [8, 0]]
 
 CODES_SMEM = gl.NVMMASharedLayout(128, 8, rank=2)
 X_SMEM = gl.NVMMASharedLayout(128, 16, rank=2)
-
-
-@gluon.constexpr_function
-def _more_rows(rows: int) -> list[list[int]]:
-    """A consumer of 128 rows holds two accumulators of 64."""
-    return [[64, 0]] if rows == 128 else []
 
 
 @gluon.constexpr_function
@@ -56,37 +50,38 @@ def a_operand(tokens: int) -> gl.DotOperandLayout:
 
 
 @gluon.constexpr_function
-def codes(rows: int) -> gl.DistributedLinearLayout:
+def codes() -> gl.DistributedLinearLayout:
     """One whole tile: 128 bytes a row."""
-    register = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], *_more_rows(rows), [0, 16]]
-    return gl.DistributedLinearLayout(register, [[0, 32], [0, 64], *_QUAD_ROWS], _WARP_ROWS, [], [rows, 128])
+    register = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [0, 16]]
+    return gl.DistributedLinearLayout(register, [[0, 32], [0, 64], *QUAD_ROWS], WARP_ROWS, [], [64, 128])
 
 
 @gluon.constexpr_function
-def scales(rows: int) -> gl.DistributedLinearLayout:
+def scales() -> gl.DistributedLinearLayout:
     """Its scales: four bytes in one word per thread and row."""
-    register = [[1, 0], *_more_rows(rows)]
-    return gl.DistributedLinearLayout(register, [[0, 1], [0, 2], *_QUAD_ROWS], _WARP_ROWS, [], [rows, 4])
+    register = [[1, 0]]
+    return gl.DistributedLinearLayout(register, [[0, 1], [0, 2], *QUAD_ROWS], WARP_ROWS, [], [64, 4])
 
 
 @gluon.constexpr_function
-def half(rows: int) -> gl.DistributedLinearLayout:
+def half() -> gl.DistributedLinearLayout:
     """Half a tile as bytes."""
-    register = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], *_more_rows(rows)]
-    return gl.DistributedLinearLayout(register, [[0, 16], [0, 32], *_QUAD_ROWS], _WARP_ROWS, [], [rows, 64])
+    register = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0]]
+    return gl.DistributedLinearLayout(register, [[0, 16], [0, 32], *QUAD_ROWS], WARP_ROWS, [], [64, 64])
 
 
 @gluon.constexpr_function
-def half_blocks(rows: int) -> gl.DistributedLinearLayout:
+def half_blocks() -> gl.DistributedLinearLayout:
     """The same as (scale block, byte of the block)."""
-    register = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [1, 0, 0], *_wide(_more_rows(rows))]
-    lane = [[0, 2, 0], [0, 4, 0], *_wide(_QUAD_ROWS)]
-    return gl.DistributedLinearLayout(register, lane, _wide(_WARP_ROWS), [], [rows, 8, 8])
+    register = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [1, 0, 0]]
+    lane = [[0, 2, 0], [0, 4, 0], *_wide(QUAD_ROWS)]
+    return gl.DistributedLinearLayout(register, lane, _wide(WARP_ROWS), [], [64, 8, 8])
 
 
 @gluon.constexpr_function
-def partial(tokens: int, rows: int) -> gl.DistributedLinearLayout:
-    """An accumulator tile as it lies between CTAs, [tokens / 8][rows][8]: 256 contiguous bytes per warp and access."""
-    columns = [[8 * rows << i] for i in range(tokens.bit_length() - 4)]
-    register = [[1], [64], *([row * 8] for row, _ in _more_rows(rows)), *columns]
-    return gl.DistributedLinearLayout(register, [[2], [4], [8], [16], [32]], [[128], [256]], [], [rows * tokens])
+def partial(tokens: int) -> gl.DistributedLinearLayout:
+    """An accumulator as it lies between CTAs, [tokens / 8][64 rows][8]: 256 contiguous bytes per warp and access."""
+    columns = [[512 << i] for i in range(tokens.bit_length() - 4)]
+    return gl.DistributedLinearLayout(
+        [[1], [64], *columns], [[2], [4], [8], [16], [32]], [[128], [256]], [], [64 * tokens]
+    )

@@ -2,37 +2,98 @@
 
 Split-K kernels need room for partial sums and counters that start at zero; every kernel leaves them at zero again. A
 stream runs its kernels one after the other, so one piece per (device, stream) is enough, and no call allocates once the
-largest shape has been seen.
+largest shape has been seen. Calls of more than one kernel take `turn`: two threads may share a stream.
+
+`permuted` is x as the Hopper kernel reads it: the copy engine's descriptor of a buffer that stays is made only once.
 
 `dense_weight` is the scratch of the two-step path: one bfloat16 weight per (device, stream), as large as the largest
 layer. It remembers which packed tensors it holds. Under activation checkpointing a layer's recompute is followed at
 once by its backward, so the second use of the same weight finds it there and the dequantize pass is saved.
 
-CUDA graphs. A replay would overwrite a shared buffer behind the memory's back, so while a graph is being captured every
-piece is allocated in the graph's own pool, and nothing is remembered.
+CUDA graphs. A replay would overwrite a shared buffer behind the memory's back, so what is used while a graph is
+captured lies in the graph's own pool: one piece per capture and stream, made by its first call (a node that zeroes
+counters costs 2 µs; one a graph and not one a call). The dense weight is allocated call by call, and nothing is
+remembered of it.
 """
 
+import ctypes
+import threading
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_PARTIAL: dict[tuple[int, int], Tensor] = {}
-_FLAGS: dict[tuple[int, int], Tensor] = {}
-_DENSE: dict[tuple[int, int], Tensor] = {}
-_HELD: dict[tuple[int, int], tuple[object, ...]] = {}
+Place = tuple[int, ...]  # device, stream and, while a graph is captured, the number of the capture
+
+_PARTIAL: dict[Place, Tensor] = {}
+_FLAGS: dict[Place, Tensor] = {}
+_PERMUTED: dict[Place, Tensor] = {}
+_DENSE: dict[Place, Tensor] = {}
+_HELD: dict[Place, tuple[object, ...]] = {}
+_CAPTURES: dict[Place, Place] = {}  # (device, stream) -> the last capture there
+_TURNS: dict[Place, threading.Lock] = {}
 
 MIN_PARTIAL = 1 << 20
 MIN_FLAGS = 1 << 14
+PERMUTED_ROWS = 1 << 16  # of 128 bytes: 8 MB; above, one allocation costs nothing beside the kernel
 
 
-def _place(device: torch.device) -> tuple[int, int] | None:
-    """(device, stream), or None while a graph is captured or without CUDA."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+def stream_of(device_index: int) -> int:
+    """The handle of torch's current stream.
+
+    `torch.cuda.current_stream` builds an object around it, which takes 2 µs of a launch's 15. The name is private and
+    in every CUDA build since 1.8; code that Inductor generates uses it.
+    """
+    get = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return get(device_index) if get else torch.cuda.current_stream(device_index).cuda_stream
+
+
+def turn(device: torch.device) -> threading.Lock:
+    """Held from the kernel that fills scratch to the one that reads it, so that no thread comes between them."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _TURNS.setdefault((index, stream_of(index)), threading.Lock())
+
+
+def _place(device: torch.device) -> Place | None:
+    """Whose scratch to use; None for nobody's: without CUDA, or in a capture that has no number."""
+    if device.type != "cuda":
         return None
-    stream = torch.cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream
+    index = torch.cuda.current_device() if device.index is None else device.index
+    here = index, stream_of(index)
+    if not torch.cuda.is_current_stream_capturing():
+        return here
+    number = _capture_number(here[1])
+    if number is None:
+        return None
+    place = (*here, number)
+    before = _CAPTURES.get(here)
+    if before != place:
+        if before is not None:
+            for held in (_PARTIAL, _FLAGS, _PERMUTED):
+                held.pop(before, None)  # the graph keeps its pool; we let go of ours
+        _CAPTURES[here] = place
+    return place
+
+
+def _capture_number(stream: int) -> int | None:
+    """The driver's number of the capture that the stream is in: unique in the process (cuStreamGetCaptureInfo)."""
+    info = _capture_info()
+    if info is None:
+        return None
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    failed = info(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number))
+    return number.value if not failed and status.value == 1 else None
+
+
+@cache
+def _capture_info() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo
+    except (OSError, AttributeError):
+        return None
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
@@ -66,6 +127,17 @@ def flags(device: torch.device, count: int) -> Tensor:
     return held
 
 
+def permuted(device: torch.device, rows: int) -> Tensor:
+    """bfloat16 [>= rows, 64], contents undefined."""
+    place = _place(device) if rows <= PERMUTED_ROWS else None
+    if place is None:
+        return torch.empty(rows, 64, dtype=torch.bfloat16, device=device)
+    held = _PERMUTED.get(place)
+    if held is None:
+        held = _PERMUTED[place] = torch.empty(PERMUTED_ROWS, 64, dtype=torch.bfloat16, device=device)
+    return held
+
+
 def dense_weight(codes_NK2: Tensor, decode_scale: Tensor, fill: Callable[[Tensor], None]) -> Tensor:
     """The bfloat16 weight [N, K] of these codes, from the scratch if it is still there.
 
@@ -79,7 +151,7 @@ def dense_weight(codes_NK2: Tensor, decode_scale: Tensor, fill: Callable[[Tensor
     """
     n, k = codes_NK2.shape[0], codes_NK2.shape[1] * 2
     place = _place(codes_NK2.device)
-    if place is None:
+    if place is None or len(place) > 2:
         w_NK = torch.empty(n, k, dtype=torch.bfloat16, device=codes_NK2.device)
         fill(w_NK)
         return w_NK
@@ -104,5 +176,5 @@ def forget() -> None:
 
 def release() -> None:
     """Give all scratch back to the allocator, as after loading or before a large evaluation."""
-    for held in (_PARTIAL, _FLAGS, _DENSE, _HELD):
+    for held in (_PARTIAL, _FLAGS, _PERMUTED, _DENSE, _HELD, _CAPTURES):
         held.clear()

@@ -12,9 +12,10 @@ import torch
 from qerl_compile.kernels import cpu_native
 from tests.kernels.oracle import hide_native
 
-collect_ignore = [] if torch.cuda.is_available() else ["test_triton_gpu.py"]
-if importlib.util.find_spec("triton") is None:
-    collect_ignore += ["test_triton_interpreted.py", "test_triton_lowering.py"]
+TRITON = importlib.util.find_spec("triton") is not None
+collect_ignore_glob = [] if TRITON and torch.cuda.is_available() else ["*_gpu.py"]
+if not TRITON:
+    collect_ignore_glob += ["*_lowering.py", "test_triton_interpreted.py", "test_prepared_launch.py"]
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -50,3 +50,9 @@ def test_products_agree_with_float64(results):
 
 def test_the_permutation_is_the_documented_one(results):
     assert results["permute"] == 0
+
+
+def test_fragments_lie_as_documented_and_tickets_are_cleared(results):
+    wrong = {name: count for name, count in results.items() if name.startswith("fragments")}
+    assert len(wrong) == 3
+    assert set(wrong.values()) == {0}, wrong

@@ -1,0 +1,1 @@
+"""Measurements: scripts to run by hand (README.md says how), and what they share."""

@@ -1,0 +1,83 @@
+"""Launching the stream kernel: grid, scratch, dependent launch.
+
+A config names
+    R        rows of a CTA, 16 or 32;  W  its warps, each with its own stretch of K
+    T        tokens the accumulators hold, 8, 16 or 32: at least M
+    SLICES   CTAs that share a row's K
+    NATURAL  1: x is read as it lies in memory, no pass over it before (few tokens); 0: in fragments
+    dependent  1 to launch as programmatic dependents
+    max_registers  0 for the compiler's choice
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from qerl_compile.kernels import nvfp4_stream
+from qerl_compile.kernels.nvfp4_fragments import fragments
+from qerl_compile.kernels.nvfp4_workspace import partial_sums, turn
+from qerl_compile.kernels.prepared_launch import prepare
+
+__all__ = ["linear", "supports"]
+
+
+def supports(codes_NK2: Tensor, block_NG: Tensor) -> bool:
+    """Whether the kernel can take this weight: whole 256-column tiles, addresses for 16-byte and word loads."""
+    whole = codes_NK2.shape[1] * 2 % nvfp4_stream.TILE_K == 0
+    return whole and codes_NK2.data_ptr() % 16 == 0 and block_NG.data_ptr() % 4 == 0
+
+
+def linear(
+    x_MK: Tensor,
+    codes_NK2: Tensor,
+    block_NG: Tensor,
+    decode_scale: Tensor,
+    config: dict[str, int],
+    *,
+    h_MR: Tensor | None = None,
+    lora_B_NR: Tensor | None = None,
+) -> Tensor:
+    """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ].
+
+    Args:
+        x_MK: bfloat16 [M, K], rows contiguous and 16-byte aligned, M <= config["T"].
+        codes_NK2: uint8 [N, K/2], contiguous, 16-byte aligned, standard layout.
+        block_NG: float8_e4m3fn [N, K/16], contiguous.
+        decode_scale: float32, one element.
+        config: see above.
+        h_MR: bfloat16 [M, R], R a power of two of at least 16.
+        lora_B_NR: bfloat16 [N, R].
+
+    Returns:
+        bfloat16 [M, N].
+    """
+    m, k = x_MK.shape
+    n = codes_NK2.shape[0]
+    rows, warps, tokens = config["R"], config["W"], config["T"]
+    k_tiles = k // nvfp4_stream.TILE_K
+    slices = min(config["SLICES"], k_tiles)
+    tiles = -(-n // rows)
+    dependent = bool(config["dependent"])
+    natural = bool(config["NATURAL"]) and slices == 1  # the pass over x clears the tickets
+    options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
+    if config["max_registers"]:
+        options["maxnreg"] = config["max_registers"]
+    launch = prepare(
+        nvfp4_stream.kernel, W=warps, R=rows, T=tokens, SLICES=slices, RANK=0 if h_MR is None else h_MR.shape[1],
+        NATURAL=natural, DEPENDENT=dependent, num_warps=warps, **options,
+    )  # fmt: skip
+    y_MN = x_MK.new_empty(m, n)
+    part, sums = None, tiles * slices * rows * tokens
+    x = x_MK
+    with turn(x_MK.device):
+        if slices > 1:
+            part = partial_sums(x_MK.device, sums + tiles)
+            x = fragments(x_MK, tokens, dependent=dependent, clear=(part, sums, tiles))
+        elif not natural:
+            x = fragments(x_MK, tokens, dependent=dependent)
+        launch(
+            (tiles, slices), x, codes_NK2, block_NG, decode_scale, y_MN, part, h_MR, lora_B_NR,
+            m, n, k_tiles, codes_NK2.stride(0), block_NG.stride(0), x_MK.stride(0), n,
+            0 if h_MR is None else h_MR.stride(0), 0 if lora_B_NR is None else lora_B_NR.stride(0),
+        )  # fmt: skip
+    return y_MN

@@ -1,0 +1,143 @@
+"""The Hopper backward kernel on a GPU: against float64 in every form, run-to-run equality, graphs, and its time.
+
+The tables are printed (`pytest -s`): one run shows every form's error and time, not the first failure alone.
+"""
+
+# ruff: noqa: T201
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("wgmma exists on compute capability 9.0 only", allow_module_level=True)
+
+from qerl_compile.formats import nvfp4
+from qerl_compile.kernels import cuda, dispatch, nvfp4_hopper_dx, nvfp4_workspace, ops
+
+LIMIT = 4e-3
+TWO_PER_SM = {"steps": 1, "registers": 104, "max_registers": 80, "per_sm": 2, "waves": -1, "share": 4, "groups": 1}
+ONE_PER_SM = {"registers": 232, "max_registers": 0, "per_sm": 1, "waves": -1, "share": 8, "groups": 4}
+FORMS = {
+    "8 x2": {"tokens": 8, "slots": 8, **TWO_PER_SM},
+    "16 x2": {"tokens": 16, "slots": 8, **TWO_PER_SM},
+    "32 x2": {"tokens": 32, "slots": 7, **TWO_PER_SM},
+    "32": {"tokens": 32, "slots": 7, "steps": 2, **ONE_PER_SM},
+    "64 single": {"tokens": 64, "slots": 11, "steps": 1, **ONE_PER_SM},
+    "64": {"tokens": 64, "slots": 5, "steps": 2, **ONE_PER_SM},
+    "128 single": {"tokens": 128, "slots": 8, "steps": 1, **ONE_PER_SM},
+    "128": {"tokens": 128, "slots": 4, "steps": 2, **ONE_PER_SM},
+}
+
+
+def multiprocessors():
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def packed(n, k):
+    codes, block, global_scale = ops.quantize((torch.randn(n, k, device="cuda") * 0.02).bfloat16())
+    return codes, block, global_scale.reciprocal()
+
+
+def gradient(m, n):
+    return torch.randn(m, n, device="cuda").bfloat16()
+
+
+def product(dy, weight, config):
+    return nvfp4_hopper_dx.linear_dx(dy, *weight, config, multiprocessors())
+
+
+def poison():
+    nvfp4_workspace.partial_sums(torch.device("cuda", torch.cuda.current_device()), 1).fill_(float("nan"))
+    torch.full((1 << 24,), float("nan"), device="cuda", dtype=torch.bfloat16)  # freed: the next outputs land here
+
+
+def test_every_form_agrees_with_float64_and_repeats_to_the_bit():
+    bad = []
+    for n, k in [(72, 256), (640, 1024), (1000, 2304), (5120, 3584), (3584, 18944)]:
+        weight = packed(n, k)
+        assert nvfp4_hopper_dx.supports(weight[0], weight[1])
+        exact = nvfp4.exact_products(weight[0], weight[1], torch.float32).double() * weight[2].double()
+        for name, form in FORMS.items():
+            for waves, share, groups in ((-1, 4, 1), (0, 4, 4), (0, 1000, 1)):
+                config = {**form, "waves": waves, "share": share, "groups": groups}
+                errors = []
+                for m in (1, form["tokens"] - 3, form["tokens"], 3 * form["tokens"] + 1):
+                    dy = gradient(m, n)
+                    poison()
+                    dx = product(dy, weight, config)
+                    expected = dy.double() @ exact
+                    error = ((dx.double() - expected).norm() / expected.norm()).item()
+                    again = sum(not torch.equal(dx, product(dy, weight, config)) for _ in range(8))
+                    errors.append(f"{error:.1e}" + (f" ({again} of 8 differ)" if again else ""))
+                    if not error < LIMIT or again:
+                        bad.append((n, k, name, waves, share, groups, m, errors[-1]))
+                print(f"{n}x{k} {name:10} waves {waves:2} share {share:4} groups {groups}: {errors}", flush=True)
+        assert not nvfp4_workspace.flags(weight[0].device, 1).any()
+    assert not bad, bad
+
+
+def test_identity_gradients_read_out_every_code_under_every_scale():
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda").repeat(128, 1)
+    block = torch.arange(128, dtype=torch.uint8, device="cuda").clamp(max=126)[:, None].repeat(1, 32)
+    weight = codes, block.view(torch.float8_e4m3fn), torch.ones(1, device="cuda")
+    expected = nvfp4.exact_products(weight[0], weight[1], torch.float32)
+    for name, form in FORMS.items():
+        assert torch.equal(product(torch.eye(128, device="cuda").bfloat16(), weight, form).float(), expected), name
+
+
+@pytest.mark.parametrize("name", ["64", "128"])
+def test_a_graph_replays_what_a_call_gives(name):
+    weight, dy = packed(5120, 3584), gradient(200, 5120)
+    for _ in range(3):
+        product(dy, weight, FORMS[name])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dx = product(dy, weight, FORMS[name])
+    for _ in range(5):
+        dy.normal_()
+        graph.replay()
+        assert torch.equal(dx, product(dy, weight, FORMS[name]))
+
+
+def microseconds(calls):
+    """Median of a graph of these calls, per call."""
+    for call in calls[:3]:
+        call()
+        calls[0]()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(7):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return sorted(times)[3]
+
+
+def test_times_are_printed():
+    for n, k in [(27648, 5120), (5120, 27648), (5120, 5120)]:
+        weight = packed(n, k)
+        copies = [(weight[0].clone(), weight[1].clone(), weight[2]) for _ in range(2 + (1 << 27) // (n * k // 2))]
+        dense = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(2 + (1 << 27) // (n * k * 2))]
+        for m in (16, 32, 64, 128, 256, 512, 1024):
+            dy = gradient(m, n)
+            row = {"bf16": microseconds([lambda w=w, dy=dy: torch.mm(dy, w) for w in dense] * 4)}
+            two_step = [lambda w=w, dy=dy: cuda.linear_dx(dy, *w, choice=dispatch.TWO_STEP) for w in copies] * 2
+            row["two-step"] = microseconds(two_step)
+            for name, form in FORMS.items():
+                if not (form["tokens"] == 128 or 4 * form["tokens"] >= m) or form["tokens"] > max(2 * m, 32):
+                    continue
+                tiles = -(-m // form["tokens"]) * (k // 256)
+                even = max(1, form["per_sm"] * multiprocessors() // tiles)  # CTAs of a tile, if all get as many
+                for waves, share, groups in {(-1, even, 4), (-1, 1000, 4), (-1, 1000, 1), (0, 1000, 4)}:
+                    config = {**form, "waves": waves, "share": share, "groups": groups}
+                    calls = [lambda w=w, dy=dy, config=config: product(dy, w, config) for w in copies]
+                    row[f"{name}/{waves}/{share}/{groups}"] = microseconds(calls * 4)
+            best = min(list(row)[2:], key=row.get)
+            print(f"{n}x{k} {m:5}: best {best} {row['bf16'] / row[best]:.2f} of bf16", end=" ")
+            print({key: round(value, 1) for key, value in row.items()}, flush=True)
