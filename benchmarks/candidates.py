@@ -19,7 +19,7 @@ from qerl_compile.kernels import dispatch
 Choice = dict[str, Any]
 Candidates = Callable[[int, int, int, int], Iterator[Choice]]
 
-RUNTIME_KEYS = ("slices", "waves", "share")  # of a choice, that do not make another compiled kernel
+RUNTIME_KEYS = ("slices", "waves", "share", "groups")  # of a choice, that do not make another compiled kernel
 SMALL = 1 << 25  # weights; a smaller layer has too few tiles to fill the card with the usual ones
 
 
@@ -52,20 +52,20 @@ def hopper(n: int, k: int, m: int, multiprocessors: int) -> Iterator[Choice]:
         if fits or (m > 64 and tokens == 128) or (m > 128 and tokens == 256):
             for form in hopper_forms(tokens, config):
                 yield {"kernel": "hopper", **form}
+                if m > tokens >= 128:
+                    for groups in (2, 4):
+                        yield {"kernel": "hopper", **form, "groups": groups}
 
 
 def hopper_forms(tokens: int, config: Choice) -> Iterator[Choice]:
     """Tiles of one number of tokens: sharing all or the rest, dependent launches, other pipelines."""
-    for dependent in (1, 2) if tokens <= 16 else (0, 2):
+    for dependent in (1, 3) if tokens <= 32 else (0, 3):
         for waves in (-1, 0):
             yield {**config, "waves": waves, "dependent": dependent}
     if tokens <= 16:
         yield {**config, "consumers": 2, "registers": 104, "per_sm": 2}
     if tokens in (64, 128):  # two accumulators a consumer: fewer bytes of x per product, more sums to share
-        for waves in (-1, 0):
-            yield {**config, "rows": 128, "slots_w": 3, "slots_x": 256 // tokens, "waves": waves}
-    if tokens == 128:
-        yield {**config, "rows": 128, "slots_w": 3, "slots_x": 3, "waves": 0}
+        yield {**config, "rows": 128, "slots_w": 3, "slots_x": 4 if tokens == 64 else 3, "waves": 0, "dependent": 3}
     if tokens == 256:
         yield {**config, "slots_w": 3, "waves": 0}
 

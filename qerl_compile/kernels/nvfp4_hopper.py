@@ -10,7 +10,9 @@ A config names the tile and the pipeline:
                  4 planes of 64 columns up to 64 tokens, 2 at 128, 1 at 256)
     registers    of the second consumer's threads;  max_registers  of the kernel, 0 for the most;  per_sm  CTAs per SM
     waves        whole tiles per CTA before the rest is shared: -1 as many as fit, 0 share everything
-    dependent    programmatic dependent launch of: 0 nothing, 1 both kernels, 2 the main kernel only
+    groups       of CTAs, each with its own tiles of tokens, that walk over the weights side by side, so that DRAM is
+                 read once and not once a tile of tokens: their greatest common divisor with those tiles counts; 1
+    dependent    programmatic dependent launch of: 0 nothing, 1 and 3 both kernels, 2 the main kernel only
 
 Programmatic dependent launch. A kernel so launched may start when every CTA of the one before has exited or executed
 `launch_dependents`; that one's writes it may read only after `griddepcontrol.wait`, which waits for its end.
@@ -19,19 +21,22 @@ Programmatic dependent launch. A kernel so launched may start when every CTA of 
        -1.5 µs), bad with large tiles (+3 to +5), where they take room from CTAs that work.
     2: the permutation is an ordinary launch that triggers at its start; the main kernel does not trigger. So only the
        main kernel's start (barriers, warp specialization, the first weights) overlaps the permutation.
+    3: as 1, but the main kernel triggers when its producer has asked for its last tile: the next call's launches
+       overlap its end and take no room before it.
 What may be read when. Weights and block scales are read before the wait, all else (x, partial sums, counters,
 decode_scale, h, B, and every write) after x has arrived in shared memory, hence after the wait of that CTA's producer.
     2: the permutation started after all earlier kernels had ended and been flushed, and the main kernel starts after
        the permutation did: whatever those wrote, weights included, is there. Only x needs the wait.
-    1: the main kernel may start before the permutation has waited for *its* predecessor. After the wait all is there
+    1, 3: the main kernel may start before the permutation has waited for *its* predecessor. After the wait all is there
        as well, for the permutation itself ended after waiting. Before it, nothing that the kernel directly before the
-       permutation wrote: a weight written by that very kernel must not come with 1. (Weights are constants here. After
-       `quantize` comes the reciprocal that makes decode_scale, and that is an ordinary launch.)
+       permutation wrote: a weight written by that very kernel must not come with them. (Weights are constants here.
+       After `quantize` comes the reciprocal that makes decode_scale, and that is an ordinary launch.)
 Buffers are not overwritten too early either: in both, the permutation writes only when the previous call's main kernel
-has ended, in 1 because it waits first.
+has ended, in 1 and 3 because it waits first.
 """
 
 from functools import cache, lru_cache
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -91,12 +96,14 @@ def _plan(m: int, n: int, k: int, rank: int, multiprocessors: int, items: tuple[
     group = min(4, 256 // tokens)
     k_tiles = k // TILE_K
     m_tiles = -(-m // tokens)
-    tiles = m_tiles * -(-n // (rows * consumers))
-    grid = min(multiprocessors * config["per_sm"], tiles * k_tiles)
-    waves = tiles // grid if config["waves"] < 0 else config["waves"]
-    if 0 < (tiles - waves * grid) * k_tiles < grid:
+    groups = gcd(m_tiles, config.get("groups", 1))
+    m_tiles //= groups
+    tiles = m_tiles * -(-n // (rows * consumers))  # of a group
+    workers = min(multiprocessors * config["per_sm"] // groups, tiles * k_tiles)
+    waves = tiles // workers if config["waves"] < 0 else config["waves"]
+    if 0 < (tiles - waves * workers) * k_tiles < workers:
         waves -= 1  # every CTA must get a run: the owner of a shared tile waits for all that come after it
-    shared = tiles - waves * grid
+    shared = tiles - waves * workers
     options: dict[str, int] = {"num_warps": 4}
     if config["dependent"]:
         options["launch_pdl"] = True
@@ -109,13 +116,13 @@ def _plan(m: int, n: int, k: int, rank: int, multiprocessors: int, items: tuple[
     )  # fmt: skip
     return _Plan(
         launch=launch,
-        grid=(grid,),
+        grid=(workers * groups,),
         x=_box(group * tokens, 64, X_SMEM),
         w=_box(rows, 128, CODES_SMEM),
         rows_x=permuted_rows(m, k, tokens),
-        partial=grid * consumers * rows * tokens if shared else 0,
-        counters=shared * consumers,
-        integers=(m, n, k_tiles, m_tiles, waves, shared * k_tiles, n),
+        partial=workers * groups * consumers * rows * tokens if shared else 0,
+        counters=shared * groups * consumers,
+        integers=(m, n, k_tiles, m_tiles, groups, waves, shared * k_tiles, n),
     )
 
 

@@ -22,29 +22,28 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qerl_compile.kernels.prepared_launch import prepare
 
-LANES = 512
+LANES = 128
 
 
-@triton.jit(do_not_specialize=["M", "counter_at", "counters"])
+@triton.jit(do_not_specialize=["counter_at", "counters"])
 def _kernel(
-    x_ptr, out_ptr, counter_ptr, K, stride_x, M, counter_at, counters,
+    x_ptr, out_ptr, counter_ptr, K, stride_x, counter_at, counters,
     TOKENS: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT > 0:
         gdc_launch_dependents()
-    if DEPENDENT == 1:
+    if DEPENDENT == 1 or DEPENDENT == 3:
         gdc_wait()
     x_word_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     out_word_ptr = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    per_row = K // 8
-    m = (lane // per_row).to(tl.int64)
-    column = lane % per_row  # of eight: (group of 256, t:2, half, word:2), lowest bits rearranged for the stores
+    m = tl.program_id(1).to(tl.int64)
+    # of eight: (group of 256, t:2, half, word:2), lowest bits rearranged for the stores
+    column = tl.program_id(0) * LANES + tl.arange(0, LANES)
     t = column % 4
     word = (column // 4) % 4
     half = (column // 16) % 2
     group = column // 32
-    inside = m < M
+    inside = column < K // 8
     src = x_word_ptr + m * (stride_x // 2) + group * 128 + t * 32 + half * 16 + word * 4
     words = tl.load(src[:, None] + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0)
     w02, w13 = tl.split(words.reshape(LANES, 2, 2))
@@ -57,7 +56,8 @@ def _kernel(
     tl.store(out + TOKENS * 32, (w1 & 0xFFFF) | (w3 << 16), mask=inside)
     tl.store(out + TOKENS * 32 + 4, ((w1 >> 16) & 0xFFFF) | (w3 & -65536), mask=inside)
     if CLEAR:
-        for start in range(tl.program_id(0) * LANES, counters, tl.num_programs(0) * LANES):
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        for start in range(program * LANES, counters, tl.num_programs(0) * tl.num_programs(1) * LANES):
             counter = start + tl.arange(0, LANES)
             tl.store(counter_ptr + counter_at + counter, tl.zeros([LANES], tl.float32), mask=counter < counters)
 
@@ -80,8 +80,8 @@ def permute(
     Args:
         x_MK: bfloat16 [M, K], rows contiguous and 4-byte aligned, K a multiple of 256.
         tokens: of a tile.
-        dependent: as in nvfp4_hopper.py's config: 1 is itself launched as a programmatic dependent; 1 and 2 let the
-            next kernel start at once.
+        dependent: as in nvfp4_hopper.py's config: with 1 and 3 it is itself launched as a programmatic dependent; all
+            but 0 let the next kernel start at once.
         out: bfloat16 [>= permuted_rows, 64], where to write it; else it is allocated.
         clear: a float32 tensor, an index into it and a count: that many words are set to zero.
 
@@ -94,13 +94,13 @@ def permute(
         out = torch.empty(permuted_rows(m, k, tokens), 64, dtype=x_MK.dtype, device=x_MK.device)
     counters, counter_at, count = clear or (None, 0, 0)
     launch = _launch(tokens, dependent, clear is not None)
-    launch((-(-m * (k // 8) // LANES),), x_MK, out, counters, k, x_MK.stride(0), m, counter_at, count)
+    launch((-(-k // (8 * LANES)), m), x_MK, out, counters, k, x_MK.stride(0), counter_at, count)
     return out
 
 
 @cache
 def _launch(tokens: int, dependent: int, clear: bool) -> Any:
-    options: dict[str, int] = {"launch_pdl": True} if dependent == 1 else {}
+    options: dict[str, int] = {"launch_pdl": True} if dependent in (1, 3) else {}
     return prepare(_kernel, TOKENS=tokens, LANES=LANES, DEPENDENT=dependent, CLEAR=clear, num_warps=4, **options)
 
 

@@ -151,6 +151,13 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def _place(groups):
+    """This CTA's number in its group, the CTAs of a group, and the group: neighbours work for different groups."""
+    at = gl.num_programs(0) - 1 - gl.program_id(0)
+    return at // groups, gl.num_programs(0) // groups, at % groups
+
+
+@gluon.jit
 def _half_codes(w_smem, H: gl.constexpr, J: gl.constexpr):
     """Of the H-th 64 rows, the bytes of planes J and J + 1: 16 of a lane's 32. (The other loads are dead code.)"""
     codes = w_smem.slice(H * 64, 64, 0).load(codes_layout())
@@ -239,17 +246,16 @@ def _write(
 @gluon.jit
 def _consumer(
     C: gl.constexpr, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr,
-    h_ptr, lora_ptr, M, N, k_tiles, m_tiles, waves, units, stride_y, stride_h, stride_lora,
+    h_ptr, lora_ptr, M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
     GROUP: gl.constexpr, RANK: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = accumulator(TOKENS)
     PART: gl.constexpr = partial(TOKENS)
-    workers = gl.num_programs(0)
-    worker = workers - 1 - gl.program_id(0)
+    worker, workers, member = _place(groups)
     base = waves * workers  # tiles that are done whole
     block_ptr = block_ptr.to(gl.pointer_type(gl.int32), bitcast=True)  # four scales a word
-    flag_ptr = (part_ptr + workers * (CONSUMERS * ROWS * TOKENS)).to(gl.pointer_type(gl.int32), bitcast=True)
+    flag_ptr = (part_ptr + gl.num_programs(0) * (CONSUMERS * ROWS * TOKENS)).to(gl.pointer_type(gl.int32), bitcast=True)
     unit = (worker * units) // workers
     last_unit = ((worker + 1) * units) // workers
     words = k_tiles * 4
@@ -304,9 +310,9 @@ def _consumer(
             acc0 = warpgroup_mma_wait(0, deps=[acc0])
         mbarrier.arrive(empty_x.index(gl.where(x_slot == 0, SLOTS_X - 1, x_slot - 1)), count=1)
 
-        flag = flag_ptr + (tile - base) * CONSUMERS + C
+        flag = flag_ptr + ((tile - base) * groups + member) * CONSUMERS + C
         if first_k > 0:  # the CTA that began this tile will finish it
-            at = part_ptr + (worker * CONSUMERS + C) * (ROWS * TOKENS) + part
+            at = part_ptr + ((worker * groups + member) * CONSUMERS + C) * (ROWS * TOKENS) + part
             gl.store(at, acc0)
             if ROWS == 128:
                 gl.store(at + 64 * TOKENS, acc1)
@@ -320,12 +326,12 @@ def _consumer(
                     pass
                 barrier()
                 for w in range(worker + 1, last_worker + 1):
-                    at = part_ptr + (w * CONSUMERS + C) * (ROWS * TOKENS) + part
+                    at = part_ptr + ((w * groups + member) * CONSUMERS + C) * (ROWS * TOKENS) + part
                     acc0 += gl.load(at, cache_modifier=".cg")
                     if ROWS == 128:
                         acc1 += gl.load(at + 64 * TOKENS, cache_modifier=".cg")
             decode = gl.load(decode_ptr) * 256.0
-            token0 = tile % m_tiles * TOKENS
+            token0 = (tile % m_tiles * groups + member) * TOKENS
             _write(
                 acc0, row0, token0, decode, y_ptr, h_ptr, lora_ptr, M, N, stride_y, stride_h, stride_lora, TOKENS, RANK,
                 ROWS,
@@ -355,13 +361,12 @@ def _fetch_w(
 
 @gluon.jit
 def _producer(
-    x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w, k_tiles, m_tiles, waves, units,
+    x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w, k_tiles, m_tiles, groups, waves, units,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
     GROUP: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Walk the consumers' loop ahead of them. Its inner body is short on purpose: it is what bounds a small tile."""
-    workers = gl.num_programs(0)
-    worker = workers - 1 - gl.program_id(0)
+    worker, workers, member = _place(groups)
     base = waves * workers
     unit = (worker * units) // workers
     last_unit = ((worker + 1) * units) // workers
@@ -388,7 +393,7 @@ def _producer(
         n = gl.where(whole, k_tiles, gl.minimum(k_tiles - first_k, last_unit - unit))
         row = tile // m_tiles * (CONSUMERS * ROWS)
         column = first_k * 128
-        x_row = (tile % m_tiles * k_tiles + first_k) * (4 * TOKENS)
+        x_row = ((tile % m_tiles * groups + member) * k_tiles + first_k) * (4 * TOKENS)
         for i in range(0, n):
             if i >= fetched:
                 w_slot, w_phase = _fetch_w(
@@ -404,12 +409,14 @@ def _producer(
         fetched = 0
         unit = gl.where(whole, unit, unit + n)
         wave += 1
+    if DEPENDENT == 3:
+        gdc_launch_dependents()  # nothing is left to load: let the next kernel's launch overlap the last products
 
 
-@gluon.jit(do_not_specialize=["M", "m_tiles", "waves", "units", "k_tiles"])
+@gluon.jit(do_not_specialize=["M", "m_tiles", "groups", "waves", "units", "k_tiles"])
 def kernel(
     x_desc, w_desc, block_ptr, decode_ptr, y_ptr, part_ptr, h_ptr, lora_ptr,
-    M, N, k_tiles, m_tiles, waves, units, stride_y, stride_h, stride_lora,
+    M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
     GROUP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, DEPENDENT: gl.constexpr, RANK: gl.constexpr,
 ):  # fmt: skip
@@ -434,28 +441,28 @@ def kernel(
         gl.warp_specialize([
             (_consumer, (
                 0, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr,
-                h_ptr, lora_ptr, M, N, k_tiles, m_tiles, waves, units, stride_y, stride_h, stride_lora,
+                h_ptr, lora_ptr, M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
                 TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, RANK,
             )),
             (_producer, (
                 x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w,
-                k_tiles, m_tiles, waves, units, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, DEPENDENT,
+                k_tiles, m_tiles, groups, waves, units, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, DEPENDENT,
             )),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consumer, (
                 0, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr,
-                h_ptr, lora_ptr, M, N, k_tiles, m_tiles, waves, units, stride_y, stride_h, stride_lora,
+                h_ptr, lora_ptr, M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
                 TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, RANK,
             )),
             (_consumer, (
                 1, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr,
-                h_ptr, lora_ptr, M, N, k_tiles, m_tiles, waves, units, stride_y, stride_h, stride_lora,
+                h_ptr, lora_ptr, M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
                 TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, RANK,
             )),
             (_producer, (
                 x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w,
-                k_tiles, m_tiles, waves, units, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, DEPENDENT,
+                k_tiles, m_tiles, groups, waves, units, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, DEPENDENT,
             )),
         ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
