@@ -33,15 +33,23 @@ _DECODE = {
     64: {"BM": 64, "BN": 64, "BK": 128, "SWAP": 0, "num_warps": 4, "num_stages": 4},
 }
 _NARROW = {"rows": 64, "consumers": 1, "slots_w": 4, "slots_x": 4, "registers": 0, "max_registers": 80, "dependent": 1}
-_WIDE = {"rows": 64, "consumers": 2, "slots_w": 4, "slots_x": 3, "registers": 240, "max_registers": 0, "dependent": 0}
+_WIDE = {"rows": 64, "consumers": 2, "slots_w": 4, "slots_x": 3, "registers": 240, "max_registers": 0, "dependent": 3}
 _HOPPER = {
     8: {**_NARROW, "tokens": 8, "per_sm": 3, "waves": -1},
     16: {**_NARROW, "tokens": 16, "per_sm": 3, "waves": -1},
     32: {**_NARROW, "tokens": 32, "per_sm": 2, "waves": -1},
-    64: {**_WIDE, "tokens": 64, "per_sm": 1, "waves": -1},
-    128: {**_WIDE, "tokens": 128, "slots_x": 4, "per_sm": 1, "waves": -1},
-    256: {**_WIDE, "tokens": 256, "slots_x": 5, "per_sm": 1, "waves": -1},
+    64: {**_WIDE, "tokens": 64, "per_sm": 1, "waves": 0},
+    128: {**_WIDE, "tokens": 128, "slots_x": 4, "per_sm": 1, "waves": 0},
+    256: {**_WIDE, "tokens": 256, "slots_x": 5, "per_sm": 1, "waves": 0, "groups": 4},
 }
+_HOPPER_DX = {
+    32: {"tokens": 32, "steps": 2, "slots": 7},
+    64: {"tokens": 64, "steps": 2, "slots": 5},
+    2048: {"tokens": 128, "steps": 2, "slots": 4},
+}
+_STREAM = {"R": 16, "W": 4, "dependent": 1, "max_registers": 96}
+LARGE = 1 << 26  # weights, from where keeping more bytes in flight beats starting sooner
+MEDIUM = 1 << 25  # below, two-step wins from 512 tokens on
 _DX_SMALL = {"kernel": "dx", "BM": 64, "BK": 128, "BN": 64, "num_warps": 4, "num_stages": 4}
 
 
@@ -67,14 +75,35 @@ def choose(direction: str, n: int, k: int, m: int, capability: tuple[int, int], 
 
 
 def _rule(direction: str, n: int, k: int, m: int, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any]:
+    ours = capability[0] == 9 and k % 256 == 0
     if direction == "dx":
+        if ours and n % 8 == 0 and n * k >= 1 << 22 and m <= max(_HOPPER_DX):
+            return _hopper_dx(k, m, multiprocessors)
         return portable_dx(n, k, m, multiprocessors)
-    if capability[0] == 9 and k % 256 == 0 and n * k >= 1 << 20:
-        bucket = next((b for b in _HOPPER if m <= b), None)
-        if bucket is not None:
-            return {"kernel": "hopper", **_HOPPER[bucket]}
-        return TWO_STEP
-    return portable(n, k, m, multiprocessors)
+    if not ours or n * k < 1 << 19:
+        return portable(n, k, m, multiprocessors)
+    if m <= 16 and n * k < LARGE:
+        return _stream(n, k, m, multiprocessors)
+    if m <= 256 or (m <= 1024 and n * k >= MEDIUM):
+        return {"kernel": "hopper", **_HOPPER[next(b for b in _HOPPER if m <= b or b == max(_HOPPER))]}
+    return TWO_STEP
+
+
+def _stream(n: int, k: int, m: int, multiprocessors: int) -> dict[str, Any]:
+    """As many slices of K as leave no multiprocessor with more than the five CTAs that it holds."""
+    slices = 1
+    while -(-n // 16) * 2 * slices <= 5 * multiprocessors and k // 256 >= 8 * slices:
+        slices *= 2
+    natural = int(m == 1 and slices == 1)
+    return {"kernel": "stream", **_STREAM, "T": 8 if m <= 8 else 16, "SLICES": slices, "NATURAL": natural}
+
+
+def _hopper_dx(k: int, m: int, multiprocessors: int) -> dict[str, Any]:
+    """Up to 256 tokens every tile gets the same number of CTAs; with more, the steps are dealt out evenly."""
+    form = _HOPPER_DX[next(b for b in _HOPPER_DX if m <= b)]
+    even = max(1, multiprocessors // (-(-m // form["tokens"]) * (k // 256)))
+    common = {"registers": 232, "max_registers": 0, "per_sm": 1, "groups": 4, "waves": -1}
+    return {"kernel": "hopper_dx", **form, **common, "share": even if m <= 256 else 1000}
 
 
 def portable(n: int, k: int, m: int, multiprocessors: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qerl_compile.kernels.nvfp4_arithmetic import ASM, STANDARD, dot, planes, split_pairs
 from qerl_compile.kernels.nvfp4_workspace import flags, partial_sums
+from qerl_compile.kernels.prepared_launch import prepare
 
 
 @triton.jit(do_not_specialize=["M", "slices"])
@@ -129,17 +130,19 @@ def linear(
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
     y_MN = torch.empty(m, n, dtype=torch.bfloat16, device=x_MK.device)
     words = x_MK.view(torch.int32)
-    tiles_n, tiles_m, k_tiles = triton.cdiv(n, bn), triton.cdiv(m, bm), triton.cdiv(k, bk)
+    tiles_n, tiles_m, k_tiles = -(-n // bn), -(-m // bm), -(-k // bk)
     slices = min(config["slices"], k_tiles)
-    slices = triton.cdiv(k_tiles, triton.cdiv(k_tiles, slices))  # no empty slice
+    slices = -(-k_tiles // -(-k_tiles // slices))  # no empty slice
     part = partial_sums(x_MK.device, slices * m * n if slices > 1 else 1)
     flag = flags(x_MK.device, tiles_n * tiles_m)
     h, lora = (x_MK, x_MK) if h_MR is None or lora_B_NR is None else (h_MR, lora_B_NR)
-    kernel[(tiles_n, slices, tiles_m)](
-        words, codes_NK2, block_NG.view(torch.uint8), decode_scale, y_MN, part, flag, h, lora,
-        m, n, k, slices, words.stride(0), y_MN.stride(0), h.stride(0), lora.stride(0),
-        BM=bm, BN=bn, BK=bk, SPLIT=slices > 1, SWAP=config["SWAP"], LAYOUT=layout,
+    launch = prepare(
+        kernel, BM=bm, BN=bn, BK=bk, SPLIT=slices > 1, SWAP=config["SWAP"], LAYOUT=layout,
         EVEN_N=n % bn == 0, EVEN_K=k % bk == 0, RANK=0 if h_MR is None else h_MR.shape[1], ASM=ASM,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
+    )  # fmt: skip
+    launch(
+        (tiles_n, slices, tiles_m), words, codes_NK2, block_NG.view(torch.uint8), decode_scale, y_MN, part, flag, h,
+        lora, m, n, k, slices, words.stride(0), y_MN.stride(0), h.stride(0), lora.stride(0),
     )  # fmt: skip
     return y_MN

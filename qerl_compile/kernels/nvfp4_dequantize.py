@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qerl_compile.kernels.nvfp4_arithmetic import ASM, STANDARD, planes
+from qerl_compile.kernels.prepared_launch import prepare
 
 ROWS, COLUMNS = 16, 512
 
@@ -54,7 +55,6 @@ def dequantize_into(
         layout: STANDARD or TWIDDLED.
     """
     n, k = out_NK.shape
-    _kernel[(triton.cdiv(k, COLUMNS), triton.cdiv(n, ROWS))](
-        codes_NK2, block_NG.view(torch.uint8), decode_scale, out_NK, n, k,
-        ROWS=ROWS, COLUMNS=COLUMNS, LAYOUT=layout, ASM=ASM, num_warps=8,
-    )  # fmt: skip
+    launch = prepare(_kernel, ROWS=ROWS, COLUMNS=COLUMNS, LAYOUT=layout, ASM=ASM, num_warps=8)
+    grid = -(-k // COLUMNS), -(-n // ROWS)
+    launch(grid, codes_NK2, block_NG.view(torch.uint8), decode_scale, out_NK, n, k)

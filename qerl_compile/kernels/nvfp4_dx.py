@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qerl_compile.kernels.nvfp4_arithmetic import ASM, STANDARD, dot, grouped_tile, planes
 from qerl_compile.kernels.nvfp4_workspace import flags, partial_sums
+from qerl_compile.kernels.prepared_launch import prepare
 
 
 @triton.jit(do_not_specialize=["M", "slices"])
@@ -105,14 +106,16 @@ def linear_dx(
     k = codes_NK2.shape[1] * 2
     bm, bk, bn = config["BM"], config["BK"], config["BN"]
     dx_MK = torch.empty(m, k, dtype=torch.bfloat16, device=dy_MN.device)
-    tiles, n_tiles = triton.cdiv(m, bm) * triton.cdiv(k, bk), triton.cdiv(n, bn)
+    tiles, n_tiles = -(-m // bm) * -(-k // bk), -(-n // bn)
     slices = min(config["slices"], n_tiles)
-    slices = triton.cdiv(n_tiles, triton.cdiv(n_tiles, slices))
+    slices = -(-n_tiles // -(-n_tiles // slices))  # no empty slice
     part = partial_sums(dy_MN.device, slices * m * k if slices > 1 else 1)
-    kernel[(tiles, slices)](
-        dy_MN, codes_NK2, block_NG.view(torch.uint8), decode_scale, dx_MK, part, flags(dy_MN.device, tiles),
-        m, n, k, slices, dy_MN.stride(0),
-        BM=bm, BK=bk, BN=bn, GROUP=8, SPLIT=slices > 1, LAYOUT=layout, EVEN_N=n % bn == 0, EVEN_K=k % bk == 0, ASM=ASM,
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+    launch = prepare(
+        kernel, BM=bm, BK=bk, BN=bn, GROUP=8, SPLIT=slices > 1, LAYOUT=layout, EVEN_N=n % bn == 0,
+        EVEN_K=k % bk == 0, ASM=ASM, num_warps=config["num_warps"], num_stages=config["num_stages"],
+    )  # fmt: skip
+    launch(
+        (tiles, slices), dy_MN, codes_NK2, block_NG.view(torch.uint8), decode_scale, dx_MK, part,
+        flags(dy_MN.device, tiles), m, n, k, slices, dy_MN.stride(0),
     )  # fmt: skip
     return dx_MK

@@ -45,6 +45,7 @@ from qerl_compile.kernels.gluon_compat import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from qerl_compile.kernels.nvfp4_persistent import next_slot, place
 from qerl_compile.kernels.nvfp4_wgmma_layouts import (
     CODES_SMEM,
     X_SMEM,
@@ -144,20 +145,6 @@ def _plane(codes, scales, HIGH: gl.constexpr, TOKENS: gl.constexpr):
 
 
 @gluon.jit
-def _next(slot, phase, SLOTS: gl.constexpr):
-    """The slot after this one in a ring, and the parity of its barrier. A division here would cost more than a copy."""
-    last = slot == SLOTS - 1
-    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def _place(groups):
-    """This CTA's number in its group, the CTAs of a group, and the group: neighbours work for different groups."""
-    at = gl.num_programs(0) - 1 - gl.program_id(0)
-    return at // groups, gl.num_programs(0) // groups, at % groups
-
-
-@gluon.jit
 def _half_codes(w_smem, H: gl.constexpr, J: gl.constexpr):
     """Of the H-th 64 rows, the bytes of planes J and J + 1: 16 of a lane's 32. (The other loads are dead code.)"""
     codes = w_smem.slice(H * 64, 64, 0).load(codes_layout())
@@ -193,11 +180,11 @@ def _tile(
             acc1 = warpgroup_mma(a, plane_x, acc1, is_async=True)
             acc0, acc1 = _wait(1, acc0, acc1, ROWS)
         if j % GROUP == GROUP - 1:
-            x_slot, x_phase = _next(x_slot, x_phase, SLOTS_X)
+            x_slot, x_phase = next_slot(x_slot, x_phase, SLOTS_X)
     # Only now: the last planes are in the tensor core, so the loads above have arrived in every warp. Given back right
     # after the loads, the slot was overwritten by the copy engine before a slow warp had read it.
     mbarrier.arrive(empty_w.index(w_slot), count=1)
-    w_slot, w_phase = _next(w_slot, w_phase, SLOTS_W)
+    w_slot, w_phase = next_slot(w_slot, w_phase, SLOTS_W)
     return acc0, acc1, w_slot, w_phase, x_slot, x_phase
 
 
@@ -228,12 +215,12 @@ def _scale_words(block_ptr, at0, at1, ROWS: gl.constexpr):
 @gluon.jit
 def _write(
     out, row0, token0, decode, y_ptr, h_ptr, lora_ptr, M, N, stride_y, stride_h, stride_lora,
-    TOKENS: gl.constexpr, RANK: gl.constexpr, ROWS: gl.constexpr,
+    TOKENS: gl.constexpr, RANK: gl.constexpr,
 ):  # fmt: skip
     """64 rows of sums -> y."""
     out = out * decode
     if RANK > 0:
-        out = add_lora(out, h_ptr, lora_ptr, token0, row0, M, N, stride_h, stride_lora, TOKENS, RANK, ROWS)
+        out = add_lora(out, h_ptr, lora_ptr, token0, row0, M, N, stride_h, stride_lora, TOKENS, RANK)
     # rows (hi, h, g2, g1, g0) of the accumulator are rows (hi, g2, g0, g1, h) of W
     y = out.to(gl.bfloat16).reshape([4, 2, 2, 2, 2, TOKENS]).permute([0, 2, 4, 3, 1, 5]).reshape([64, TOKENS])
     Y: gl.constexpr = y.type.layout
@@ -252,7 +239,7 @@ def _consumer(
 ):  # fmt: skip
     ACC: gl.constexpr = accumulator(TOKENS)
     PART: gl.constexpr = partial(TOKENS)
-    worker, workers, member = _place(groups)
+    worker, workers, member = place(groups)
     base = waves * workers  # tiles that are done whole
     block_ptr = block_ptr.to(gl.pointer_type(gl.int32), bitcast=True)  # four scales a word
     flag_ptr = (part_ptr + gl.num_programs(0) * (CONSUMERS * ROWS * TOKENS)).to(gl.pointer_type(gl.int32), bitcast=True)
@@ -333,13 +320,12 @@ def _consumer(
             decode = gl.load(decode_ptr) * 256.0
             token0 = (tile % m_tiles * groups + member) * TOKENS
             _write(
-                acc0, row0, token0, decode, y_ptr, h_ptr, lora_ptr, M, N, stride_y, stride_h, stride_lora, TOKENS, RANK,
-                ROWS,
-            )  # fmt: skip
+                acc0, row0, token0, decode, y_ptr, h_ptr, lora_ptr, M, N, stride_y, stride_h, stride_lora, TOKENS, RANK
+            )
             if ROWS == 128:
                 _write(
                     acc1, row0 + 64, token0, decode, y_ptr, h_ptr, lora_ptr, M, N, stride_y, stride_h, stride_lora,
-                    TOKENS, RANK, ROWS,
+                    TOKENS, RANK,
                 )  # fmt: skip
         unit = next_unit
         tile = next_tile
@@ -356,7 +342,7 @@ def _fetch_w(
     mbarrier.expect(full_w.index(w_slot), CONSUMERS * ROWS * 128)
     for c in gl.static_range(CONSUMERS):
         tma_load(w_desc, [row + c * ROWS, column], full_w.index(w_slot), w_smem.index(w_slot * CONSUMERS + c))
-    return _next(w_slot, w_phase, SLOTS_W)
+    return next_slot(w_slot, w_phase, SLOTS_W)
 
 
 @gluon.jit
@@ -366,7 +352,7 @@ def _producer(
     GROUP: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Walk the consumers' loop ahead of them. Its inner body is short on purpose: it is what bounds a small tile."""
-    worker, workers, member = _place(groups)
+    worker, workers, member = place(groups)
     base = waves * workers
     unit = (worker * units) // workers
     last_unit = ((worker + 1) * units) // workers
@@ -404,7 +390,7 @@ def _producer(
                 mbarrier.wait(empty_x.index(x_slot), x_phase)
                 mbarrier.expect(full_x.index(x_slot), GROUP * TOKENS * 128)
                 tma_load(x_desc, [x_row, 0], full_x.index(x_slot), x_smem.index(x_slot))
-                x_slot, x_phase = _next(x_slot, x_phase, SLOTS_X)
+                x_slot, x_phase = next_slot(x_slot, x_phase, SLOTS_X)
                 x_row += GROUP * TOKENS
         fetched = 0
         unit = gl.where(whole, unit, unit + n)

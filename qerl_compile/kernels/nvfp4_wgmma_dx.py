@@ -48,6 +48,7 @@ from qerl_compile.kernels.gluon_compat import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from qerl_compile.kernels.nvfp4_persistent import next_slot, place
 from qerl_compile.kernels.nvfp4_wgmma_dx_layouts import (
     CODES_SMEM,
     DY_SMEM,
@@ -119,20 +120,6 @@ def _scales(s_smem):
 
 
 @gluon.jit
-def _next(slot, phase, SLOTS: gl.constexpr):
-    """The slot after this one in the ring, and the parity of its barriers."""
-    last = slot == SLOTS - 1
-    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def _place(groups):
-    """This CTA's number in its group, the CTAs of a group, and the group: neighbours work for different groups."""
-    at = gl.num_programs(0) - 1 - gl.program_id(0)
-    return at // groups, gl.num_programs(0) // groups, at % groups
-
-
-@gluon.jit
 def _tile(
     FIRST: gl.constexpr, acc0, acc1, C: gl.constexpr, slot, phase, w_smem, s_smem, dy_smem, full, ready, empty,
     TOKENS: gl.constexpr, SLOTS: gl.constexpr, STEPS: gl.constexpr,
@@ -153,7 +140,7 @@ def _tile(
         acc1 = warpgroup_mma(_plane(codes, scales, True, TOKENS), dy, acc1, is_async=True)
         acc0, acc1 = warpgroup_mma_wait(1, deps=[acc0, acc1])
         acc0, acc1 = warpgroup_mma_init(acc0), warpgroup_mma_init(acc1)
-    slot, phase = _next(slot, phase, SLOTS)
+    slot, phase = next_slot(slot, phase, SLOTS)
     return acc0, acc1, slot, phase
 
 
@@ -180,7 +167,7 @@ def _consumer(
     TOKENS: gl.constexpr, SLOTS: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = accumulator(TOKENS)
-    worker, workers, member = _place(groups)
+    worker, workers, member = place(groups)
     base = waves * workers  # tiles that are done whole
     unit = (worker * units) // workers
     last_unit = ((worker + 1) * units) // workers
@@ -277,7 +264,7 @@ def _spread(raw_smem):
 @gluon.jit
 def _scale_role(raw_smem, s_smem, full, ready, n_tiles, groups, waves, units, SLOTS: gl.constexpr, STEPS: gl.constexpr):
     """Decode every slot's block scales once for both consumers, between the copy engine and them."""
-    worker, workers, _ = _place(groups)
+    worker, workers, _ = place(groups)
     steps = waves * n_tiles + ((worker + 1) * units) // workers - (worker * units) // workers
     slot, phase = 0, 0
     for _ in range(steps):
@@ -285,7 +272,7 @@ def _scale_role(raw_smem, s_smem, full, ready, n_tiles, groups, waves, units, SL
         for j in gl.static_range(STEPS):
             s_smem.index(slot * STEPS + j).store(_spread(raw_smem.index(slot).slice(j * 64, 64, 0)))
         mbarrier.arrive(ready.index(slot), count=1)
-        slot, phase = _next(slot, phase, SLOTS)
+        slot, phase = next_slot(slot, phase, SLOTS)
 
 
 @gluon.jit
@@ -294,7 +281,7 @@ def _producer(
     TOKENS: gl.constexpr, SLOTS: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """Walk the consumers' loop ahead of them. Its inner body is short on purpose: it is what bounds a small tile."""
-    worker, workers, member = _place(groups)
+    worker, workers, member = place(groups)
     base = waves * workers
     unit = (worker * units) // workers
     last_unit = ((worker + 1) * units) // workers
@@ -315,7 +302,7 @@ def _producer(
             tma_load(raw_desc, [row, column * 4], full.index(slot), raw_smem.index(slot))
             for j in gl.static_range(STEPS):
                 tma_load(dy_desc, [token, row + j * 64], full.index(slot), dy_smem.index(slot * STEPS + j))
-            slot, phase = _next(slot, phase, SLOTS)
+            slot, phase = next_slot(slot, phase, SLOTS)
             row += 64 * STEPS
         unit = gl.where(whole, unit, unit + n)
         wave += 1

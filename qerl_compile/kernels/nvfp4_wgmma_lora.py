@@ -23,9 +23,9 @@ from qerl_compile.kernels.nvfp4_wgmma_layouts import QUAD_ROWS, WARP_ROWS, WARPS
 
 
 @gluon.constexpr_function
-def chunk_of(tokens: int, rank: int, rows: int) -> int:
-    """Ranks at once. Beside 128 registers of accumulators there is no room for 32: h alone would take 64 or 128."""
-    return 16 if rank == 16 or rows * tokens == 1 << 14 else 32
+def chunk_of(rank: int) -> int:
+    """Ranks at once."""
+    return 16 if rank == 16 else 32
 
 
 @gluon.constexpr_function
@@ -59,10 +59,10 @@ def lora_layout(chunk: int) -> gl.DistributedLinearLayout:
 @gluon.jit
 def add_lora(
     out, h_ptr, lora_ptr, token0, row0, M, N, stride_h, stride_lora,
-    TOKENS: gl.constexpr, RANK: gl.constexpr, ROWS: gl.constexpr,
+    TOKENS: gl.constexpr, RANK: gl.constexpr,
 ):  # fmt: skip
-    """out [64, TOKENS] in accumulator order, plus B · hᵀ; ROWS, of the consumer, tells what registers are left."""
-    CHUNK: gl.constexpr = chunk_of(TOKENS, RANK, ROWS)
+    """out [64, TOKENS] in accumulator order, plus B · hᵀ."""
+    CHUNK: gl.constexpr = chunk_of(RANK)
     H: gl.constexpr = h_layout(TOKENS, CHUNK)
     L: gl.constexpr = lora_layout(CHUNK)
     MMA: gl.constexpr = _mma()

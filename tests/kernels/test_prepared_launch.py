@@ -189,17 +189,18 @@ def test_what_is_not_made_as_expected_is_not_opened():
         assert internals.opened(compiled, 2, 0) is None
 
 
-@pytest.mark.skipif(not internals.AVAILABLE, reason="the launcher of Triton 3.6 is what is looked into")
-def test_the_c_function_behind_a_launcher_with_tma_arguments_is_found():
-    from triton.backends.nvidia.driver import wrap_handle_tensordesc
+if internals.AVAILABLE:  # the launcher of Triton 3.6 is what is looked into
 
-    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [8, 64], "fp4_padded": False}
-    run = SimpleNamespace(
-        global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=False,
-        launch=wrap_handle_tensordesc(len, {0: "tensordesc<bf16[8, 64]>", 1: "i32"}, [meta]),
-    )  # fmt: skip
-    metadata = SimpleNamespace(tensordesc_meta=[meta])
-    compiled = SimpleNamespace(run=run, metadata=metadata, function=1, packed_metadata=())
-    raw = internals.opened(compiled, 0, 1)
-    assert raw.launch is len
-    assert raw.boxes == (meta,)
+    def test_the_c_function_behind_a_launcher_with_tma_arguments_is_found():
+        from triton.backends.nvidia.driver import wrap_handle_tensordesc
+
+        meta = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [8, 64], "fp4_padded": False}
+        run = SimpleNamespace(
+            global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=False,
+            launch=wrap_handle_tensordesc(len, {0: "tensordesc<bf16[8, 64]>", 1: "i32"}, [meta]),
+        )  # fmt: skip
+        metadata = SimpleNamespace(tensordesc_meta=[meta])
+        compiled = SimpleNamespace(run=run, metadata=metadata, function=1, packed_metadata=())
+        raw = internals.opened(compiled, 0, 1)
+        assert raw.launch is len
+        assert raw.boxes == (meta,)

@@ -8,7 +8,7 @@ import pytest
 from qerl_compile.kernels import dispatch
 
 H200 = {"capability": (9, 0), "multiprocessors": 132}
-KERNELS = {"decode", "hopper", "dx", "two_step"}
+KERNELS = {"stream", "decode", "hopper", "hopper_dx", "dx", "two_step"}
 
 
 def test_a_tuned_layer_comes_from_the_table():
@@ -39,7 +39,34 @@ def test_the_hopper_kernel_is_only_chosen_for_whole_column_tiles():
     table = json.loads((Path(dispatch.__file__).parent / "tables" / "sm_90.json").read_text(encoding="utf-8"))
     for shape, row in table["forward"].items():
         k = int(shape.split("x")[1])
-        assert k % 256 == 0 or all(choice["kernel"] != "hopper" for choice in row.values())
+        assert k % 256 == 0 or all(choice["kernel"] not in ("hopper", "stream") for choice in row.values())
+
+
+@pytest.mark.parametrize("m", [1, 5, 8, 9, 16, 17, 64, 200, 256, 257, 1024, 1025, 2048, 2049])
+@pytest.mark.parametrize(
+    ("n", "k"), [(3072, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (131072, 8192), (1032, 512)]
+)
+def test_the_rule_for_hopper_chooses_forms_that_hold_the_tokens(n, k, m):
+    forward = dispatch.choose("forward", n, k, m, **H200)
+    if forward["kernel"] == "stream":
+        assert m <= forward["T"]
+        assert forward["SLICES"] * 4 <= k // 256 or forward["SLICES"] == 1
+    backward = dispatch.choose("dx", n, k, m, **H200)
+    assert backward["kernel"] == ("two_step" if m > 2048 else "hopper_dx") or n * k < 1 << 22
+    few, large = m <= 16, n * k >= dispatch.LARGE
+    assert (forward["kernel"] == "stream") == (few and not large)
+
+
+def test_a_stream_entry_of_the_table_holds_every_number_of_tokens_of_its_bucket():
+    table = json.loads((Path(dispatch.__file__).parent / "tables" / "sm_90.json").read_text(encoding="utf-8"))
+    held = [
+        (int(bucket), choice["T"])
+        for row in table["forward"].values()
+        for bucket, choice in row.items()
+        if choice["kernel"] == "stream"
+    ]
+    assert held
+    assert all(bucket <= tokens for bucket, tokens in held)
 
 
 def test_the_portable_choice_stays_portable():
