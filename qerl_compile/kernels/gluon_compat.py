@@ -50,5 +50,5 @@ __all__ = [
     "warpgroup_mma_wait",
 ]
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # pyright: ignore[reportAttributeAccessIssue]
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
