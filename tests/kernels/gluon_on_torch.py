@@ -13,7 +13,9 @@ in the counters, which CTA waits for which. What it cannot show: registers and l
 marked trivial when it compiles), synchronization within a role, the timing of asynchronous copies and of `wgmma`.
 """
 
+import functools
 import itertools
+import sys
 import threading
 import types
 
@@ -177,11 +179,17 @@ def _split(value):
     return value[..., 0], value[..., 1]
 
 
+def _constant(function, *sizes):
+    """A number that device code works out while it compiles; layouts are nothing."""
+    value = function(*sizes)
+    return value if isinstance(value, int) else None
+
+
 def run(module, arguments, constants, grid, *, kernel="kernel", pack_dim=0, order=iter):
     """Run a module's kernel over a grid.
 
     Args:
-        module: whose functions call each other through its globals.
+        module: whose functions, and those it imports, call each other through globals.
         arguments: of the kernel, in order: Descriptor, Pointer, int or None.
         constants: its constexpr arguments.
         grid: CTAs along each axis.
@@ -190,12 +198,14 @@ def run(module, arguments, constants, grid, *, kernel="kernel", pack_dim=0, orde
         order: of a list of program ids, the order in which they run.
     """
     program = [()]
-    globals_ = dict(vars(module))
+    homes = {f.fn.__module__ for f in vars(module).values() if hasattr(f, "fn")}
+    helpers = [sys.modules[home] for home in sorted(homes) if home.startswith("qerl_compile.")]
+    globals_ = {k: v for source in (*helpers, module) for k, v in vars(source).items()}
 
     def allocate(kind, shape, layout):
         if kind is torch.int64:
             return Barriers(shape[0])
-        return Shared(torch.full(shape, -1 if not kind.is_floating_point else float("nan"), dtype=kind))
+        return Shared(torch.full(shape, float("nan") if kind.is_floating_point else torch.iinfo(kind).max, dtype=kind))
 
     def specialize(partitions, warps, registers):
         assert len(warps) == len(registers) == len(partitions) - 1
@@ -221,7 +231,7 @@ def run(module, arguments, constants, grid, *, kernel="kernel", pack_dim=0, orde
         values = map(tensor, ptx_on_torch.execute(asm, constraints, args, kinds, pack, pack_dim))
         return tuple(values) if isinstance(dtype, tuple) else next(values)
 
-    types_ = {name: getattr(torch, name) for name in ("int16", "int32", "int64", "float32", "bfloat16")}
+    types_ = {name: getattr(torch, name) for name in ("uint8", "int16", "int32", "int64", "float32", "bfloat16")}
     fake = types.SimpleNamespace(
         **types_,
         pointer_type=lambda kind: kind,
@@ -249,11 +259,11 @@ def run(module, arguments, constants, grid, *, kernel="kernel", pack_dim=0, orde
         warp_specialize=specialize,
     )
     globals_["gl"] = globals_["tl"] = fake
-    for name, value in vars(module).items():
+    for name, value in list(globals_.items()):
         if hasattr(value, "fn") and hasattr(value, "arg_names"):  # a Gluon function
             globals_[name] = types.FunctionType(value.fn.__code__, globals_, name, value.fn.__defaults__)
-        elif type(value).__name__ == "ConstexprFunction":  # makes a layout
-            globals_[name] = lambda *sizes: None
+        elif type(value).__name__ == "ConstexprFunction":
+            globals_[name] = functools.partial(_constant, value.fn)
     globals_["mbarrier"] = types.SimpleNamespace(
         MBarrierLayout=lambda: None,
         init=lambda barrier, count: barrier.init(count),

@@ -1,8 +1,8 @@
 """Inline PTX executed instruction by instruction on torch tensors, for gluon_on_torch.py.
 
 A 32-bit register is an int64 tensor, one element per instance of the assembly. `pack` values of a thread share an
-instance: neighbours along one dimension of the tensor, which depends on the layout and is the caller's to say. Two
-16-bit values share a register.
+instance: neighbours along one dimension of the tensor, which depends on the layout and is the caller's to say.
+Narrower values share a register, the first of them in its lowest bits.
 
 Only the instructions that our kernels use are known; an unknown one is a KeyError.
 """
@@ -43,12 +43,12 @@ _OPERATIONS = {
 
 
 def _registers(value, pack, dim):
-    """The registers that hold `pack` neighbours along `dim` (16- or 32-bit elements), one tensor each."""
+    """The registers that hold `pack` neighbours along `dim`, one tensor each."""
     bits = 8 * value.element_size()
-    words = value.view({16: torch.int16, 32: torch.int32}[bits]).to(torch.int64) & ((1 << bits) - 1)
+    words = value.view({8: torch.uint8, 16: torch.int16, 32: torch.int32}[bits]).to(torch.int64) & ((1 << bits) - 1)
     words = words.movedim(dim, 0)
-    each = [words[i::pack] for i in range(pack)]
-    return each if bits == 32 else [low | (high << 16) for low, high in zip(each[::2], each[1::2], strict=True)]
+    each = [words[i::pack] << (bits * i % 32) for i in range(pack)]
+    return [sum(each[i : i + 32 // bits]) for i in range(0, pack, 32 // bits)]
 
 
 def _value(registers, kind, dim):
