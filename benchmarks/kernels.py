@@ -8,7 +8,8 @@ kernel_report.py. Directions:
 
     forward   y = x · wᵀ
     dx        dy · w of the same packed weight, dequantized anew at every call where it is dequantized
-    pair      forward and dx of one linear in a row, what activation checkpointing makes of each layer's backward
+    pair      forward and dx of one linear in a row, what activation checkpointing makes of each layer's backward; as
+              single calls one dequantized weight serves both
     lora      forward with h · Bᵀ of rank 32 added, on two layers
 
 Everything is built and compiled before the first cell is timed, on all cores. A competitor that is not installed or

@@ -41,7 +41,8 @@ def linear(
 
     Args:
         x_MK: bfloat16 [M, K] on CUDA, M >= 1.
-        codes_NK2: uint8 [N, K/2].
+        codes_NK2: uint8 [N, K/2]; neither these nor the scales may be written by the kernel directly before this call
+            (nvfp4_hopper.py, dependent launch).
         block_NG: float8_e4m3fn [N, K/16].
         decode_scale: float32, one element.
         h_MR: bfloat16 [M, R], x · Aᵀ · alpha / rank of a LoRA branch.
@@ -69,7 +70,7 @@ def linear(
         choice = dispatch.portable(n, k, m, multiprocessors)
     layout = TWIDDLED if twiddled else STANDARD
     if choice["kernel"] == "decode":
-        in_kernel = h_MR is not None and h_MR.shape[1] in RANKS
+        in_kernel = h_MR is not None and lora_B_NR is not None and _in_epilogue(h_MR, lora_B_NR)
         h, lora = (h_MR, lora_B_NR) if in_kernel else (None, None)
         y_MN = nvfp4_decode.linear(
             x_MK, codes_NK2, block_NG, decode_scale, choice, layout=layout, h_MR=h, lora_B_NR=lora
@@ -100,7 +101,7 @@ def _gluon_linear(
     if choice["kernel"] == "stream":
         if not nvfp4_stream_launch.supports(codes_NK2, block_NG):
             return None
-        if h is not None and h.shape[1] not in RANKS:
+        if h is None or lora is None or not _in_epilogue(h, lora):
             h, lora = None, None
         y_MN = nvfp4_stream_launch.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, h_MR=h, lora_B_NR=lora)
     else:
@@ -155,13 +156,20 @@ def linear_dx(
     return nvfp4_two_step.linear_dx(dy_MN, codes_NK2, block_NG, decode_scale, layout=layout)
 
 
+def _in_epilogue(h_MR: Tensor, lora_B_NR: Tensor) -> bool:
+    """Whether the decode and stream kernels can add h · Bᵀ: they read both in bfloat16 and along contiguous rows."""
+    bf16 = h_MR.dtype is torch.bfloat16 and lora_B_NR.dtype is torch.bfloat16
+    return bf16 and h_MR.shape[1] in RANKS and h_MR.stride(1) == 1 and lora_B_NR.stride(1) == 1
+
+
 def _add_lora(y_MN: Tensor, h_MR: Tensor | None, lora_B_NR: Tensor | None) -> Tensor:
     return y_MN if h_MR is None or lora_B_NR is None else y_MN.addmm_(h_MR, lora_B_NR.T)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The same matrix with contiguous, word-aligned rows."""
-    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    """The same matrix with contiguous, aligned rows that do not overlap: the copy engine takes no row stride of 0."""
+    apart = x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0
+    aligned = x.stride(1) == 1 and apart and x.data_ptr() % 16 == 0
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -171,11 +179,17 @@ def _quantized_linear(x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tenso
     check_activation("qerl::quantized_linear", "x", x, codes_NK2, codes_NK2.shape[1] * 2)
     n = codes_NK2.shape[0]
     if x.numel() == 0 or n == 0:
-        return x.new_empty(*x.shape[:-1], n)
+        return x.new_zeros(*x.shape[:-1], n)
     if x.dtype != torch.bfloat16:
         return reference.quantized_linear(x, codes_NK2, block_decode_scale_NG, decode_scale)
     x_MK = x.reshape(-1, x.shape[-1])
-    y_MN = linear(x_MK, codes_NK2.contiguous(), block_decode_scale_NG.contiguous(), decode_scale)
+    codes, block = codes_NK2.contiguous(), block_decode_scale_NG.contiguous()
+    choice = None
+    if codes is not codes_NK2 or block is not block_decode_scale_NG:
+        # The copy is the kernel directly before the product, and dependent launches read weights before that one's end.
+        m, (_, multiprocessors) = x_MK.shape[0], _device(x_MK.device.index)
+        choice = dispatch.portable(n, codes.shape[1] * 2, m, multiprocessors)
+    y_MN = linear(x_MK, codes, block, decode_scale, choice=choice)
     return y_MN.view(*x.shape[:-1], n)
 
 

@@ -7,9 +7,9 @@ with 13 integer and 4 multiply instructions, and feeds them to `wgmma` as they a
 every code comes to lie where the instruction reads it; nvfp4_permute.py brings x into the same order.
 
 Three or two roles per CTA, as warp specialization: one or two *consumers* (a warp group each, with its own rows of W
-and the same x) and a *producer* that keeps the copy engine (TMA) ahead of them, W further ahead than x because W comes
-from DRAM and x from L2. A consumer decodes plane q + 1 while plane q is in the tensor core: it waits only for all but
-the youngest `wgmma` group. (Waiting for all of them, or zeroing the accumulator inside a group's stage, makes ptxas put
+and the same x) and a *producer* that keeps the copy engine (TMA) ahead of them: W a whole ring ahead at the start,
+afterwards as far as the ring of x lets it. A consumer decodes plane q + 1 while plane q is in the tensor core: it waits
+only for all but the youngest `wgmma` group. (Waiting for all of them, or zeroing the accumulator inside a group's stage, makes ptxas put
 a wait behind every single instruction; see docs/kernels.md.)
 
 Work is split stream-K fashion: first `waves` whole tiles for each CTA, then an equal run of k tiles of what remains, so

@@ -182,8 +182,8 @@ def _encode(
 ) -> tuple[object, ...]:
     if len(table) >= MOST_BOXES:
         table.clear()
-    table[place] = internals.encoded(_descriptor(box), meta)
-    return table[place]
+    table[place] = encoded = internals.encoded(_descriptor(box), meta)
+    return encoded  # another thread may have cleared the table
 
 
 def _descriptor(box: Box) -> Any:

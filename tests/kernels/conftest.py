@@ -15,7 +15,7 @@ from tests.kernels.oracle import hide_native
 TRITON = importlib.util.find_spec("triton") is not None
 collect_ignore_glob = [] if TRITON and torch.cuda.is_available() else ["*_gpu.py"]
 if not TRITON:
-    collect_ignore_glob += ["*_lowering.py", "test_triton_interpreted.py", "test_prepared_launch.py"]
+    collect_ignore_glob += ["*_lowering.py", "*_emulated.py", "test_triton_interpreted.py", "test_prepared_launch.py"]
 
 
 @pytest.fixture(params=["native", "torch"])

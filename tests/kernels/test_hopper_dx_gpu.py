@@ -1,6 +1,6 @@
-"""The Hopper backward kernel on a GPU: against float64 in every form, run-to-run equality, graphs, and its time.
+"""The Hopper backward kernel on a GPU: against float64 in every form, run-to-run equality, graphs.
 
-The tables are printed (`pytest -s`): one run shows every form's error and time, not the first failure alone.
+The tables are printed (`pytest -s`): one run shows every form's error, not the first failure alone.
 """
 
 # ruff: noqa: T201
@@ -12,7 +12,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("wgmma exists on compute capability 9.0 only", allow_module_level=True)
 
 from qerl_compile.formats import nvfp4
-from qerl_compile.kernels import cuda, dispatch, nvfp4_hopper_dx, nvfp4_workspace, ops
+from qerl_compile.kernels import nvfp4_hopper_dx, nvfp4_workspace, ops
 
 LIMIT = 4e-3
 TWO_PER_SM = {"steps": 1, "registers": 104, "max_registers": 80, "per_sm": 2, "waves": -1, "share": 4, "groups": 1}
@@ -97,47 +97,3 @@ def test_a_graph_replays_what_a_call_gives(name):
         dy.normal_()
         graph.replay()
         assert torch.equal(dx, product(dy, weight, FORMS[name]))
-
-
-def microseconds(calls):
-    """Median of a graph of these calls, per call."""
-    for call in calls[:3]:
-        call()
-        calls[0]()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(7):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[3]
-
-
-def test_times_are_printed():
-    for n, k in [(27648, 5120), (5120, 27648), (5120, 5120)]:
-        weight = packed(n, k)
-        copies = [(weight[0].clone(), weight[1].clone(), weight[2]) for _ in range(2 + (1 << 27) // (n * k // 2))]
-        dense = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(2 + (1 << 27) // (n * k * 2))]
-        for m in (16, 32, 64, 128, 256, 512, 1024):
-            dy = gradient(m, n)
-            row = {"bf16": microseconds([lambda w=w, dy=dy: torch.mm(dy, w) for w in dense] * 4)}
-            two_step = [lambda w=w, dy=dy: cuda.linear_dx(dy, *w, choice=dispatch.TWO_STEP) for w in copies] * 2
-            row["two-step"] = microseconds(two_step)
-            for name, form in FORMS.items():
-                if not (form["tokens"] == 128 or 4 * form["tokens"] >= m) or form["tokens"] > max(2 * m, 32):
-                    continue
-                tiles = -(-m // form["tokens"]) * (k // 256)
-                even = max(1, form["per_sm"] * multiprocessors() // tiles)  # CTAs of a tile, if all get as many
-                for waves, share, groups in {(-1, even, 4), (-1, 1000, 4), (-1, 1000, 1), (0, 1000, 4)}:
-                    config = {**form, "waves": waves, "share": share, "groups": groups}
-                    calls = [lambda w=w, dy=dy, config=config: product(dy, w, config) for w in copies]
-                    row[f"{name}/{waves}/{share}/{groups}"] = microseconds(calls * 4)
-            best = min(list(row)[2:], key=row.get)
-            print(f"{n}x{k} {m:5}: best {best} {row['bf16'] / row[best]:.2f} of bf16", end=" ")
-            print({key: round(value, 1) for key, value in row.items()}, flush=True)

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from qerl_compile.formats import nvfp4
-from qerl_compile.kernels import nvfp4_arithmetic
-from tests.kernels.oracle import make_weight
-
-if not nvfp4_arithmetic.GLUON:
-    pytest.skip("the Gluon kernels need a Triton that they are known to compile with", allow_module_level=True)
-
 from qerl_compile.kernels import nvfp4_hopper, nvfp4_permute, nvfp4_wgmma
 from tests.kernels.gluon_on_torch import Descriptor, Pointer, run
+from tests.kernels.oracle import make_weight
 
 FORM = {"tokens": 8, "rows": 64, "consumers": 1, "slots_w": 2, "slots_x": 2, "waves": -1, "per_sm": 1, "groups": 1,
         "dependent": 1, "registers": 0, "max_registers": 0}  # fmt: skip
@@ -56,7 +51,19 @@ def multiply(x, codes, block, decode, config, multiprocessors, h=None, lora=None
         "CONSUMER_REGISTERS": 0, "DEPENDENT": config["dependent"], "RANK": rank,
     }  # fmt: skip
     run(nvfp4_wgmma, arguments, constants, plan.grid, pack_dim=-1)
+    assert part[plan.partial :].view(torch.int32).tolist() == helpers(plan, config["consumers"])
     return y, plan
+
+
+def helpers(plan, consumers):
+    """What every counter holds in the end: of a shared tile, the CTAs of its group that work on it after the first."""
+    *_, k_tiles, _, groups, _, units, _ = plan.integers
+    workers = plan.grid[0] // groups
+    tile_of = [[u // k_tiles for u in range(w * units // workers, (w + 1) * units // workers)] for w in range(workers)]
+    assert all(tile_of) or not units
+    return [
+        sum(tile in run for run in tile_of) - 1 for tile in range(units // k_tiles) for _ in range(groups * consumers)
+    ]
 
 
 TWO = {"consumers": 2}
