@@ -9,8 +9,8 @@ every code comes to lie where the instruction reads it; nvfp4_permute.py brings 
 Three or two roles per CTA, as warp specialization: one or two *consumers* (a warp group each, with its own rows of W
 and the same x) and a *producer* that keeps the copy engine (TMA) ahead of them: W a whole ring ahead at the start,
 afterwards as far as the ring of x lets it. A consumer decodes plane q + 1 while plane q is in the tensor core: it waits
-only for all but the youngest `wgmma` group. (Waiting for all of them, or zeroing the accumulator inside a group's stage, makes ptxas put
-a wait behind every single instruction; see docs/kernels.md.)
+only for all but the youngest `wgmma` group. (Waiting for all of them, or zeroing the accumulator inside a group's
+stage, makes ptxas put a wait behind every single instruction; see docs/kernels.md.)
 
 Work is split stream-K fashion: first `waves` whole tiles for each CTA, then an equal run of k tiles of what remains, so
 216 tiles keep 132 multiprocessors busy to the end. A CTA that begins in the middle of a tile leaves a partial sum; the
