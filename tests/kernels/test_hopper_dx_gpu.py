@@ -8,9 +8,6 @@ The tables are printed (`pytest -s`): one run shows every form's error, not the 
 import pytest
 import torch
 
-if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-    pytest.skip("wgmma exists on compute capability 9.0 only", allow_module_level=True)
-
 from qerl_compile.formats import nvfp4
 from qerl_compile.kernels import nvfp4_hopper_dx, nvfp4_workspace, ops
 
