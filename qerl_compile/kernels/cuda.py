@@ -61,21 +61,21 @@ def linear(
     capability, multiprocessors = _device(x_MK.device.index)
     if choice is None:
         choice = dispatch.choose("forward", n, k, m, capability, multiprocessors)
+    # added in the epilogue where the kernel can, else after it
+    h, lora = _for_epilogue(h_MR, lora_B_NR)
     if choice["kernel"] in ("hopper", "stream"):
         y_MN = None
         if not twiddled:
-            y_MN = _gluon_linear(x_MK, codes_NK2, block_NG, decode_scale, h_MR, lora_B_NR, choice, multiprocessors)
+            y_MN = _gluon_linear(x_MK, codes_NK2, block_NG, decode_scale, h, lora, choice, multiprocessors)
         if y_MN is not None:
-            return y_MN
+            return y_MN if h is h_MR else _add_lora(y_MN, h_MR, lora_B_NR)
         choice = dispatch.portable(n, k, m, multiprocessors)
     layout = TWIDDLED if twiddled else STANDARD
     if choice["kernel"] == "decode":
-        in_kernel = h_MR is not None and lora_B_NR is not None and _in_epilogue(h_MR, lora_B_NR)
-        h, lora = (h_MR, lora_B_NR) if in_kernel else (None, None)
         y_MN = nvfp4_decode.linear(
             x_MK, codes_NK2, block_NG, decode_scale, choice, layout=layout, h_MR=h, lora_B_NR=lora
         )
-        return y_MN if in_kernel else _add_lora(y_MN, h_MR, lora_B_NR)
+        return y_MN if h is h_MR else _add_lora(y_MN, h_MR, lora_B_NR)
     y_MN = nvfp4_two_step.linear(x_MK, codes_NK2, block_NG, decode_scale, layout=layout)
     return _add_lora(y_MN, h_MR, lora_B_NR)
 
@@ -97,20 +97,16 @@ def _gluon_linear(
         return None
     from qerl_compile.kernels import nvfp4_hopper, nvfp4_stream_launch
 
-    h, lora = h_MR, lora_B_NR
+    if not nvfp4_stream_launch.supports(codes_NK2, block_NG):  # both ask the same of a weight
+        return None
     if choice["kernel"] == "stream":
-        if not nvfp4_stream_launch.supports(codes_NK2, block_NG):
-            return None
-        if h is None or lora is None or not _in_epilogue(h, lora):
-            h, lora = None, None
-        y_MN = nvfp4_stream_launch.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, h_MR=h, lora_B_NR=lora)
-    else:
-        if not nvfp4_hopper.supports(codes_NK2, block_NG):
-            return None
-        if h is None or lora is None or not nvfp4_hopper.supports_lora(h, lora, choice):
-            h, lora = None, None
-        y_MN = nvfp4_hopper.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors, h, lora)
-    return y_MN if h is h_MR else _add_lora(y_MN, h_MR, lora_B_NR)
+        return nvfp4_stream_launch.linear(
+            x_MK, codes_NK2, block_NG, decode_scale, choice, h_MR=h_MR, lora_B_NR=lora_B_NR
+        )
+    in_kernel = nvfp4_hopper.room_for_lora(choice)
+    h, lora = (h_MR, lora_B_NR) if in_kernel else (None, None)
+    y_MN = nvfp4_hopper.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors, h, lora)
+    return y_MN if in_kernel else _add_lora(y_MN, h_MR, lora_B_NR)
 
 
 def linear_dx(
@@ -156,10 +152,13 @@ def linear_dx(
     return nvfp4_two_step.linear_dx(dy_MN, codes_NK2, block_NG, decode_scale, layout=layout)
 
 
-def _in_epilogue(h_MR: Tensor, lora_B_NR: Tensor) -> bool:
-    """Whether the decode and stream kernels can add h · Bᵀ: they read both in bfloat16 and along contiguous rows."""
+def _for_epilogue(h_MR: Tensor | None, lora_B_NR: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The branch as kernels read it: bfloat16, a rank that they know, contiguous rows. Or nothing."""
+    if h_MR is None or lora_B_NR is None:
+        return None, None
     bf16 = h_MR.dtype is torch.bfloat16 and lora_B_NR.dtype is torch.bfloat16
-    return bf16 and h_MR.shape[1] in RANKS and h_MR.stride(1) == 1 and lora_B_NR.stride(1) == 1
+    fits = bf16 and h_MR.shape[1] in RANKS and h_MR.stride(1) == 1 and lora_B_NR.stride(1) == 1
+    return (h_MR, lora_B_NR) if fits else (None, None)
 
 
 def _add_lora(y_MN: Tensor, h_MR: Tensor | None, lora_B_NR: Tensor | None) -> Tensor:

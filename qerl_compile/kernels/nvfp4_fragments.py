@@ -81,6 +81,6 @@ def fragments(
     launch = prepare(
         _kernel, T=tokens, LANES=LANES, DEPENDENT=dependent, CLEAR=clear is not None, num_warps=4, **constants
     )
-    grid = (triton.cdiv(tokens * (k // 16 + 16), LANES),)
+    grid = (-(-tokens * (k // 16 + 16) // LANES),)
     launch(grid, x_MK, out, scratch, k, x_MK.stride(0), m, ticket_at, tickets)
     return out

@@ -39,37 +39,27 @@ from functools import cache, lru_cache
 from math import gcd
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from qerl_compile.kernels import nvfp4_wgmma
 from qerl_compile.kernels.nvfp4_permute import permute, permuted_rows
+from qerl_compile.kernels.nvfp4_persistent import whole_and_shared
 from qerl_compile.kernels.nvfp4_wgmma_layouts import CODES_SMEM, TILE_K, X_SMEM
 from qerl_compile.kernels.nvfp4_workspace import partial_sums, permuted, turn
 from qerl_compile.kernels.prepared_launch import Box, BoxKind, prepare
 
-__all__ = ["linear", "supports", "supports_lora"]
+__all__ = ["linear", "room_for_lora"]
 
-RANKS = (16, 32, 64, 128)
 MOST_SUMS = 128 * 128  # of a consumer
 
 
-def supports(codes_NK2: Tensor, block_NG: Tensor) -> bool:
-    """Whether the kernel can take this weight: whole 256-column tiles, and addresses that TMA and word loads accept."""
-    whole = codes_NK2.shape[1] * 2 % TILE_K == 0
-    return whole and codes_NK2.data_ptr() % 16 == 0 and block_NG.data_ptr() % 4 == 0
-
-
-def supports_lora(h_MR: Tensor, lora_B_NR: Tensor, config: dict[str, Any]) -> bool:
-    """Whether h · Bᵀ can be added in the epilogue: bfloat16, rank 16, 32, 64 or 128, contiguous rows.
+def room_for_lora(config: dict[str, Any]) -> bool:
+    """Whether h · Bᵀ can be added in the epilogue.
 
     Where the sums take 128 registers (256 tokens, or two accumulators of 128) it would spill, on Triton 3.9 by
     hundreds, and what it saves over a second pass over y was 1 % (5120x5120 and 18944x3584 at 256 tokens).
     """
-    if config["rows"] * config["tokens"] == MOST_SUMS:
-        return False
-    bf16 = h_MR.dtype is torch.bfloat16 and lora_B_NR.dtype is torch.bfloat16
-    return bf16 and h_MR.shape[1] in RANKS and h_MR.stride(1) == 1 and lora_B_NR.stride(1) == 1
+    return config["rows"] * config["tokens"] != MOST_SUMS
 
 
 class _Plan(NamedTuple):
@@ -102,10 +92,7 @@ def _plan(m: int, n: int, k: int, rank: int, multiprocessors: int, items: tuple[
     m_tiles //= groups
     tiles = m_tiles * -(-n // (rows * consumers))  # of a group
     workers = min(multiprocessors * config["per_sm"] // groups, tiles * k_tiles)
-    waves = tiles // workers if config["waves"] < 0 else config["waves"]
-    if 0 < (tiles - waves * workers) * k_tiles < workers:
-        waves -= 1  # every CTA must get a run: the owner of a shared tile waits for all that come after it
-    shared = tiles - waves * workers
+    waves, shared = whole_and_shared(tiles, k_tiles, workers, config["waves"])
     options: dict[str, int] = {"num_warps": 4}
     if config["dependent"]:
         options["launch_pdl"] = True
@@ -147,8 +134,8 @@ def linear(
         decode_scale: float32, one element.
         config: see above.
         multiprocessors: of the device.
-        h_MR: bfloat16 [M, R] that `supports_lora` accepts, alpha / rank included.
-        lora_B_NR: bfloat16 [N, R].
+        h_MR: bfloat16 [M, R], R 16, 32, 64 or 128, rows contiguous, alpha / rank included; `room_for_lora` says yes.
+        lora_B_NR: bfloat16 [N, R], rows contiguous.
 
     Returns:
         bfloat16 [M, N].

@@ -8,8 +8,7 @@ A config names the tile and the pipeline:
     steps        64-row steps of W that travel together in one slot, 1 or 2;  slots  in flight
     registers    of the second consumer's threads;  max_registers  of the kernel, 0 for the most;  per_sm  CTAs per SM
     waves        whole tiles per CTA before the rest is shared: -1 as many as fit, 0 share everything
-    groups       of CTAs that share the tiles of tokens among them: the greatest common divisor with their number; 4 if
-                 absent
+    groups       of CTAs that share the tiles of tokens among them: the greatest common divisor with their number
     share        the most CTAs among which a tile is shared: its owner reads their partial sums one after the other
 """
 
@@ -20,13 +19,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, int16, int32
 
 from qerl_compile.kernels import nvfp4_wgmma_dx
+from qerl_compile.kernels.nvfp4_persistent import whole_and_shared
 from qerl_compile.kernels.nvfp4_wgmma_dx_layouts import CODES_SMEM, DY_SMEM, RAW_SMEM, TILE_K, TILE_N, UNITS
 from qerl_compile.kernels.nvfp4_workspace import flags, partial_sums
 from qerl_compile.kernels.prepared_launch import Box, BoxKind, prepare
 
 __all__ = ["linear_dx", "supports"]
-
-GROUPS = 4  # 132 multiprocessors divide by it
 
 
 def supports(codes_NK2: Tensor, block_NG: Tensor) -> bool:
@@ -59,15 +57,12 @@ def _plan(m: int, n: int, k: int, multiprocessors: int, items: tuple[tuple[str, 
     config = dict(items)
     tokens, rows = config["tokens"], config["steps"] * TILE_N
     n_tiles, m_tiles = -(-n // rows), -(-m // tokens)
-    groups = gcd(m_tiles, config.get("groups", GROUPS))
+    groups = gcd(m_tiles, config["groups"])
     m_tiles //= groups
     tiles = m_tiles * (k // TILE_K)  # of a group
-    workers = min(multiprocessors * config["per_sm"] // groups, tiles * min(n_tiles, config["share"]))
-    waves = tiles // workers if config["waves"] < 0 else config["waves"]
-    # What is left must give every CTA a run, or an owner waits for a CTA without one; and few CTAs to a tile.
-    if 0 < (tiles - waves * workers) * min(n_tiles, config["share"]) < workers:
-        waves -= 1
-    shared = tiles - waves * workers
+    most = min(n_tiles, config["share"])  # CTAs to a tile
+    workers = min(multiprocessors * config["per_sm"] // groups, tiles * most)
+    waves, shared = whole_and_shared(tiles, most, workers, config["waves"])
     options: dict[str, int] = {"maxnreg": config["max_registers"]} if config["max_registers"] else {}
     launch = prepare(
         nvfp4_wgmma_dx.kernel, TOKENS=tokens, SLOTS=config["slots"], STEPS=config["steps"],

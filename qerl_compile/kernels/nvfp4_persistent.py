@@ -1,4 +1,4 @@
-"""What the persistent, warp-specialized kernels share: walking a ring of slots, and a CTA's place in the grid.
+"""What the persistent, warp-specialized kernels share: dividing work, walking a ring of slots, a place in the grid.
 
 A ring's slot has two mbarriers, full and empty; the parity to wait for changes whenever the ring has been gone round.
 
@@ -12,6 +12,21 @@ of tokens, so that DRAM is read once.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+
+def whole_and_shared(tiles: int, pieces: int, workers: int, waves: int) -> tuple[int, int]:
+    """Whole tiles for each worker, and tiles that are left to be shared.
+
+    Args:
+        tiles: in all.
+        pieces: into which a shared tile can be cut.
+        workers: CTAs, at most tiles * pieces.
+        waves: whole tiles wished for each worker; -1 as many as fit.
+    """
+    waves = tiles // workers if waves < 0 else waves
+    if 0 < (tiles - waves * workers) * pieces < workers:
+        waves -= 1  # every CTA must get a run: the owner of a shared tile waits for all that come after it
+    return waves, tiles - waves * workers
 
 
 @gluon.jit

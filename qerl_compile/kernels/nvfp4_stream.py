@@ -31,6 +31,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qerl_compile.kernels.gluon_compat import barrier, gdc_launch_dependents, gdc_wait, mma_v2
+from qerl_compile.kernels.nvfp4_pairs import decode_pairs, scale_pair
 
 TILE_K = 256
 
@@ -102,36 +103,17 @@ def natural_x_layout(warps: int, tokens: int):
 
 @gluon.jit
 def _scale_pair(words, BYTE: gl.constexpr):
-    """One of the four E4M3 bytes of each word -> bf16x2, byte * 2^118 twice (see nvfp4_arithmetic.py)."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 c, t, z;
-        mov.b32 c, 0x7B007B00;
-        mov.b32 z, 0x80008000;
-        prmt.b32 t, $1, 0, """
-        + BYTE
-        + """;
-        shl.b32 t, t, 4;
-        fma.rn.bf16x2 t, t, c, z;
-        fma.rn.bf16x2 $0, t, c, z;
-        }
-        """,
-        "=r,r",
-        [words],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    """One of the four E4M3 bytes of each word -> bf16x2, byte * 2^118 twice."""
+    return gl.inline_asm_elementwise(scale_pair(BYTE, True), "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def _half_scales(words, HALF: gl.constexpr, W: gl.constexpr, R: gl.constexpr):
     """[W, R, 4] words -> scale pairs of one half of the tile, one per register value, [W, R, 16, 4]."""
     if HALF == 0:
-        pairs = gl.join(_scale_pair(words, "0x4040"), _scale_pair(words, "0x4141"))
+        pairs = gl.join(_scale_pair(words, 0), _scale_pair(words, 1))
     else:
-        pairs = gl.join(_scale_pair(words, "0x4242"), _scale_pair(words, "0x4343"))
+        pairs = gl.join(_scale_pair(words, 2), _scale_pair(words, 3))
     BLOCKS: gl.constexpr = half_blocks_layout(W, R)
     pairs = gl.convert_layout(pairs.reshape([W, R, 8]), gl.SliceLayout(3, gl.SliceLayout(4, BLOCKS)))
     pairs = gl.expand_dims(gl.expand_dims(pairs, 3), 4).broadcast_to([W, R, 8, 2, 4]).reshape([W, R, 16, 4])
@@ -144,25 +126,8 @@ def _plane(codes, pairs, HIGH: gl.constexpr, W: gl.constexpr, R: gl.constexpr):
     HALF: gl.constexpr = half_layout(W, R)
     codes = gl.convert_layout(codes, gl.SliceLayout(3, HALF))
     codes = gl.expand_dims(codes, 3).broadcast_to([W, R, 16, 4])
-    START: gl.constexpr = "shr.u32 v, $2, 8;" if HIGH else "mov.b32 v, $2;"
     p = gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, v, z;
-        mov.b32 z, 0x80008000;
-        """
-        + START
-        + """
-        and.b32 a, v, 0x000F000F;
-        mul.lo.u32 a, a, 0x1040;
-        and.b32 a, a, 0x81C081C0;
-        fma.rn.bf16x2 $0, a, $6, z;
-        and.b32 a, v, 0x00F000F0;
-        mul.lo.u32 a, a, 0x0104;
-        and.b32 a, a, 0x81C081C0;
-        fma.rn.bf16x2 $1, a, $6, z;
-        }
-        """,
+        decode_pairs(HIGH, "$6", True),
         "=&r,=&r,r,r,r,r,r,r,r,r",
         [codes, pairs],
         dtype=gl.bfloat16,

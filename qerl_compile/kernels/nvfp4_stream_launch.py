@@ -22,7 +22,7 @@ __all__ = ["linear", "supports"]
 
 
 def supports(codes_NK2: Tensor, block_NG: Tensor) -> bool:
-    """Whether the kernel can take this weight: whole 256-column tiles, addresses for 16-byte and word loads."""
+    """Whether this kernel, and nvfp4_hopper.py's, can take the weight: whole 256-column tiles, aligned addresses."""
     whole = codes_NK2.shape[1] * 2 % nvfp4_stream.TILE_K == 0
     return whole and codes_NK2.data_ptr() % 16 == 0 and block_NG.data_ptr() % 4 == 0
 

@@ -45,6 +45,7 @@ from qerl_compile.kernels.gluon_compat import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from qerl_compile.kernels.nvfp4_pairs import decode_pairs, scale_pair
 from qerl_compile.kernels.nvfp4_persistent import next_slot, place
 from qerl_compile.kernels.nvfp4_wgmma_layouts import (
     CODES_SMEM,
@@ -69,70 +70,29 @@ XT_SMEM: gl.constexpr = gl.constexpr(X_SMEM)
 
 @gluon.jit
 def _scale_pair(words, BYTE: gl.constexpr):
-    """One of the four E4M3 bytes of each word -> bf16x2, byte * 2^118 twice.
-
-    An E4M3 byte shifted left by 4 reads as byte * 2^-120 in bfloat16, subnormals included; 2 * 119 - 120 = 118.
-    """
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 c, t;
-        mov.b32 c, 0x7B007B00;
-        prmt.b32 t, $1, 0, """
-        + BYTE
-        + """;
-        shl.b32 t, t, 4;
-        mul.rn.bf16x2 t, t, c;
-        mul.rn.bf16x2 $0, t, c;
-        }
-        """,
-        "=r,r",
-        [words],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    """One of the four E4M3 bytes of each word -> bf16x2, byte * 2^118 twice."""
+    return gl.inline_asm_elementwise(scale_pair(BYTE, False), "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def _half_scales(words, HALF: gl.constexpr):
     """[64, 4] words -> [64, 8] scale pairs of one half of the tile, in the order of its blocks."""
     if HALF == 0:
-        pairs = gl.join(_scale_pair(words, "0x4040"), _scale_pair(words, "0x4141"))
+        pairs = gl.join(_scale_pair(words, 0), _scale_pair(words, 1))
     else:
-        pairs = gl.join(_scale_pair(words, "0x4242"), _scale_pair(words, "0x4343"))
+        pairs = gl.join(_scale_pair(words, 2), _scale_pair(words, 3))
     return pairs.reshape([64, 8])
 
 
 @gluon.jit
 def _plane(codes, scales, HIGH: gl.constexpr, TOKENS: gl.constexpr):
-    """codes [64, 64] bytes, scales [64, 8] -> A operand [64, 64], bf16 code * scale * 2^-8, exact.
-
-    Per word, two masks (0x000F000F, 0x00F000F0) pick two pairs of nibbles s|ee|m; a product with 2^12 + 2^6 or
-    2^8 + 2^2 puts the sign at bit 15 and ee|m at bits 8..6, which reads as value * 2^-126 in bfloat16.
-    """
+    """codes [64, 64] bytes, scales [64, 8] -> A operand [64, 64], bf16 code * scale * 2^-8, exact."""
     HALF: gl.constexpr = half()
     HALF3: gl.constexpr = half_blocks()
     s = gl.expand_dims(gl.convert_layout(scales, gl.SliceLayout(2, HALF3)), 2)
     s = gl.convert_layout(s, HALF3).broadcast_to([64, 8, 8]).reshape([64, 64])
-    START: gl.constexpr = "shr.u32 v, $2, 8;" if HIGH else "mov.b32 v, $2;"
     p = gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, v;
-        """
-        + START
-        + """
-        and.b32 a, v, 0x000F000F;
-        mul.lo.u32 a, a, 0x1040;
-        and.b32 a, a, 0x81C081C0;
-        mul.rn.bf16x2 $0, a, $3;
-        and.b32 a, v, 0x00F000F0;
-        mul.lo.u32 a, a, 0x0104;
-        and.b32 a, a, 0x81C081C0;
-        mul.rn.bf16x2 $1, a, $3;
-        }
-        """,
+        decode_pairs(HIGH, "$3", False),
         "=&r,=&r,r,r,r,r,r",
         [gl.convert_layout(codes, HALF), gl.convert_layout(s, HALF)],
         dtype=gl.bfloat16,

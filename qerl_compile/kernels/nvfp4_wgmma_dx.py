@@ -48,6 +48,7 @@ from qerl_compile.kernels.gluon_compat import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from qerl_compile.kernels.nvfp4_pairs import decode_pairs
 from qerl_compile.kernels.nvfp4_persistent import next_slot, place
 from qerl_compile.kernels.nvfp4_wgmma_dx_layouts import (
     CODES_SMEM,
@@ -75,29 +76,9 @@ S_SMEM: gl.constexpr = gl.constexpr(SCALES_SMEM)
 
 @gluon.jit
 def _plane(codes, scales, HIGH: gl.constexpr, TOKENS: gl.constexpr):
-    """Codes 2 HIGH and 2 HIGH + 1 of every unit -> A operand [64 columns, 64 n], bf16 code * scale * 2^-8, exact.
-
-    Per register, two masks (0x000F000F, 0x00F000F0) pick two pairs of nibbles s|ee|m; a product with 2^12 + 2^6 or
-    2^8 + 2^2 puts the sign at bit 15 and ee|m at bits 8..6, which reads as value * 2^-126 in bfloat16.
-    """
-    START: gl.constexpr = "shr.u32 v, $2, 8;" if HIGH else "mov.b32 v, $2;"
+    """Codes 2 HIGH and 2 HIGH + 1 of every unit -> A operand [64 columns, 64 n], bf16 code * scale * 2^-8, exact."""
     even, odd = gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, v;
-        """
-        + START
-        + """
-        and.b32 a, v, 0x000F000F;
-        mul.lo.u32 a, a, 0x1040;
-        and.b32 a, a, 0x81C081C0;
-        mul.rn.bf16x2 $0, a, $3;
-        and.b32 a, v, 0x00F000F0;
-        mul.lo.u32 a, a, 0x0104;
-        and.b32 a, a, 0x81C081C0;
-        mul.rn.bf16x2 $1, a, $3;
-        }
-        """,
+        decode_pairs(HIGH, "$3", False),
         "=&r,=&r,r,r",
         [codes, scales],
         dtype=(gl.bfloat16, gl.bfloat16),
@@ -224,8 +205,8 @@ def _consumer(
 def _spread(raw_smem):
     """Block scales of 64 rows as they came -> bf16 [16 blocks, t, (s, h, b)], scale * 2^118.
 
-    An E4M3 byte shifted left by 4 reads as byte * 2^-120 in bfloat16, subnormals included; 2 * 119 - 120 = 118. The
-    sign bit of a byte is clear, so PRMT's sign replication (selector + 8) gives the zeros between two bytes.
+    As in nvfp4_pairs.py, but two rows' bytes make a pair. The sign bit of a byte is clear, so PRMT's sign replication
+    (selector + 8) gives the zeros between two bytes.
     """
     b0, b1, b2, b3 = gl.inline_asm_elementwise(
         """

@@ -25,7 +25,6 @@ from triton.experimental.gluon import language as gl
 
 WARPS = 4  # of one warp group
 TILE_K = 256  # columns of one weight tile
-PLANE_K = 64  # positions of one plane
 
 WARP_ROWS = [[16, 0], [32, 0]]
 QUAD_ROWS = [[4, 0], [2, 0], [8, 0]]

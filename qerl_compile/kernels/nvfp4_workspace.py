@@ -1,6 +1,7 @@
 """Memory that kernels share between calls: partial sums, counters, and one dequantized weight.
 
-Split-K kernels need room for partial sums and counters that start at zero; every kernel leaves them at zero again. A
+Split-K kernels need room for partial sums and `flags`, counters that start at zero and that every kernel leaves at zero
+again. (Where a pass over x comes first, it clears counters behind the partial sums instead.) A
 stream runs its kernels one after the other, so one piece per (device, stream) is enough, and no call allocates once the
 largest shape has been seen. Calls of more than one kernel take `turn`: two threads may share a stream.
 
@@ -53,16 +54,19 @@ def stream_of(device_index: int) -> int:
 
 def turn(device: torch.device) -> threading.Lock:
     """Held from the kernel that fills scratch to the one that reads it, so that no thread comes between them."""
+    return _TURNS.setdefault(_here(device), threading.Lock())
+
+
+def _here(device: torch.device) -> Place:
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _TURNS.setdefault((index, stream_of(index)), threading.Lock())
+    return index, stream_of(index)
 
 
 def _place(device: torch.device) -> Place | None:
     """Whose scratch to use; None for nobody's: without CUDA, or in a capture that has no number."""
     if device.type != "cuda":
         return None
-    index = torch.cuda.current_device() if device.index is None else device.index
-    here = index, stream_of(index)
+    here = _here(device)
     if not torch.cuda.is_current_stream_capturing():
         return here
     number = _capture_number(here[1])

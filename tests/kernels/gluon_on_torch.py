@@ -180,9 +180,9 @@ def _split(value):
 
 
 def _constant(function, *sizes):
-    """A number that device code works out while it compiles; layouts are nothing."""
+    """A number or PTX that device code works out while it compiles; layouts are nothing."""
     value = function(*sizes)
-    return value if isinstance(value, int) else None
+    return value if isinstance(value, int | str) else None
 
 
 def run(module, arguments, constants, grid, *, kernel="kernel", pack_dim=0, order=iter):

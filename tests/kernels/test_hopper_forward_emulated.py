@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qerl_compile.formats import nvfp4
-from qerl_compile.kernels import nvfp4_hopper, nvfp4_permute, nvfp4_wgmma
+from qerl_compile.kernels import nvfp4_hopper, nvfp4_permute, nvfp4_persistent, nvfp4_wgmma
 from tests.kernels.gluon_on_torch import Descriptor, Pointer, run
 from tests.kernels.oracle import make_weight
 
@@ -100,6 +100,20 @@ def test_the_source_on_torch_tensors_agrees_with_float64(case):
     y, plan = multiply(x, *w.args, config, multiprocessors, h, lora)
     assert ((y.double() - exact).norm() / exact.norm()).item() < 2.5e-3
     assert (plan.grid, plan.integers[5]) == ((ctas,), waves)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "pieces", "workers", "waves", "expected"),
+    [
+        (216, 20, 132, -1, (1, 84)),
+        (133, 20, 132, -1, (0, 133)),  # 20 pieces left for 132 workers: one would wait for workers without any
+        (264, 20, 132, -1, (2, 0)),
+        (216, 20, 132, 0, (0, 216)),
+        (5, 4, 20, -1, (0, 5)),
+    ],
+)
+def test_every_worker_gets_a_piece_of_what_is_shared(tiles, pieces, workers, waves, expected):
+    assert nvfp4_persistent.whole_and_shared(tiles, pieces, workers, waves) == expected
 
 
 @pytest.mark.parametrize("rows", [64, 128])

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from qerl_compile.kernels import dispatch
+from qerl_compile.kernels import cuda, dispatch
 
 H200 = {"capability": (9, 0), "multiprocessors": 132}
 KERNELS = {"stream", "decode", "hopper", "hopper_dx", "dx", "two_step"}
@@ -67,6 +68,24 @@ def test_a_stream_entry_of_the_table_holds_every_number_of_tokens_of_its_bucket(
     ]
     assert held
     assert all(bucket <= tokens for bucket, tokens in held)
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"rank": 8}, False),
+        ({"dtype": torch.float32}, False),
+        ({"transposed": True}, False),
+    ],
+)
+def test_a_lora_branch_goes_to_an_epilogue_only_as_it_is_read_there(change, fits):
+    rank, dtype = change.get("rank", 16), change.get("dtype", torch.bfloat16)
+    h = torch.zeros(3, rank, dtype=dtype)
+    lora_B = torch.zeros(rank, 64, dtype=dtype).T if change.get("transposed") else torch.zeros(64, rank, dtype=dtype)
+    got = cuda._for_epilogue(h, lora_B)
+    assert [part is not None for part in got] == [fits, fits]
+    assert cuda._for_epilogue(None, lora_B) == (None, None)
 
 
 def test_the_portable_choice_stays_portable():
