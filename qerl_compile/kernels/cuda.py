@@ -8,8 +8,9 @@ on a GPU. Bfloat16 activations go to the kernels that dispatch.py names; other d
 in the epilogue where the kernel can, else by one `addmm`) and with weights in the twiddled layout.
 """
 
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,25 @@ def _device(index: int) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_its_device(kernel: Callable[P, R]) -> Callable[P, R]:
+    """Run `kernel` with the device of its first argument current: Triton launches on the current one."""
+
+    @wraps(kernel)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        index = args[0].device.index  # pyright: ignore[reportAttributeAccessIssue]
+        if index == torch.cuda.current_device():
+            return kernel(*args, **kwargs)
+        with torch.cuda.device(index):
+            return kernel(*args, **kwargs)
+
+    return call
+
+
+@_on_its_device
 def linear(
     x_MK: Tensor,
     codes_NK2: Tensor,
@@ -109,6 +129,7 @@ def _gluon_linear(
     return y_MN if in_kernel else _add_lora(y_MN, h_MR, lora_B_NR)
 
 
+@_on_its_device
 def linear_dx(
     dy_MN: Tensor,
     codes_NK2: Tensor,
@@ -207,6 +228,7 @@ def _quantized_linear_dx(dy: Tensor, codes_NK2: Tensor, block_decode_scale_NG: T
 
 
 @ops.quantize.register_kernel("cuda")
+@_on_its_device
 def _quantize(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from qerl_compile.kernels.nvfp4_quantize import quantize
 
@@ -215,6 +237,7 @@ def _quantize(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @ops.dequantize.register_kernel("cuda")
+@_on_its_device
 def _dequantize(codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
     from qerl_compile.kernels.nvfp4_dequantize import dequantize_into
 

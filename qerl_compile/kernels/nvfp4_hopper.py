@@ -11,7 +11,7 @@ A config names the tile and the pipeline:
     registers    of the second consumer's threads;  max_registers  of the kernel, 0 for the most;  per_sm  CTAs per SM
     waves        whole tiles per CTA before the rest is shared: -1 as many as fit, 0 share everything
     groups       of CTAs, each with its own tiles of tokens, that walk over the weights side by side, so that DRAM is
-                 read once and not once a tile of tokens: their greatest common divisor with those tiles counts; 1
+                 read once and not once a tile of tokens; at most so many (`side_by_side`); 1
     dependent    programmatic dependent launch of: 0 nothing, 1 and 3 both kernels, 2 the main kernel only
 
 Programmatic dependent launch. A kernel so launched may start when every CTA of the one before has exited or executed
@@ -36,14 +36,13 @@ has ended, in 1 and 3 because it waits first.
 """
 
 from functools import cache, lru_cache
-from math import gcd
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from qerl_compile.kernels import nvfp4_wgmma
 from qerl_compile.kernels.nvfp4_permute import permute, permuted_rows
-from qerl_compile.kernels.nvfp4_persistent import whole_and_shared
+from qerl_compile.kernels.nvfp4_persistent import side_by_side, whole_and_shared
 from qerl_compile.kernels.nvfp4_wgmma_layouts import CODES_SMEM, TILE_K, X_SMEM
 from qerl_compile.kernels.nvfp4_workspace import partial_sums, permuted, turn
 from qerl_compile.kernels.prepared_launch import Box, BoxKind, prepare
@@ -88,10 +87,10 @@ def _plan(m: int, n: int, k: int, rank: int, multiprocessors: int, items: tuple[
     group = min(4, 256 // tokens)
     k_tiles = k // TILE_K
     m_tiles = -(-m // tokens)
-    groups = gcd(m_tiles, config.get("groups", 1))
+    groups = side_by_side(m_tiles, config.get("groups", 1))
     m_tiles //= groups
     tiles = m_tiles * -(-n // (rows * consumers))  # of a group
-    workers = min(multiprocessors * config["per_sm"] // groups, tiles * k_tiles)
+    workers = max(1, min(multiprocessors * config["per_sm"] // groups, tiles * k_tiles))
     waves, shared = whole_and_shared(tiles, k_tiles, workers, config["waves"])
     options: dict[str, int] = {"num_warps": 4}
     if config["dependent"]:

@@ -13,13 +13,12 @@ A config names the tile and the pipeline:
 """
 
 from functools import lru_cache
-from math import gcd
 from typing import Any, NamedTuple
 
 from torch import Tensor, int16, int32
 
 from qerl_compile.kernels import nvfp4_wgmma_dx
-from qerl_compile.kernels.nvfp4_persistent import whole_and_shared
+from qerl_compile.kernels.nvfp4_persistent import side_by_side, whole_and_shared
 from qerl_compile.kernels.nvfp4_wgmma_dx_layouts import CODES_SMEM, DY_SMEM, RAW_SMEM, TILE_K, TILE_N, UNITS
 from qerl_compile.kernels.nvfp4_workspace import flags, partial_sums
 from qerl_compile.kernels.prepared_launch import Box, BoxKind, prepare
@@ -57,11 +56,11 @@ def _plan(m: int, n: int, k: int, multiprocessors: int, items: tuple[tuple[str, 
     config = dict(items)
     tokens, rows = config["tokens"], config["steps"] * TILE_N
     n_tiles, m_tiles = -(-n // rows), -(-m // tokens)
-    groups = gcd(m_tiles, config["groups"])
+    groups = side_by_side(m_tiles, config["groups"])
     m_tiles //= groups
     tiles = m_tiles * (k // TILE_K)  # of a group
     most = min(n_tiles, config["share"])  # CTAs to a tile
-    workers = min(multiprocessors * config["per_sm"] // groups, tiles * most)
+    workers = max(1, min(multiprocessors * config["per_sm"] // groups, tiles * most))
     waves, shared = whole_and_shared(tiles, most, workers, config["waves"])
     options: dict[str, int] = {"maxnreg": config["max_registers"]} if config["max_registers"] else {}
     launch = prepare(

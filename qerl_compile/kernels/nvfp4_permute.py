@@ -36,9 +36,9 @@ def _kernel(
         gdc_wait()
     x_word_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     out_word_ptr = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    m = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(0).to(tl.int64)
     # of eight: (group of 256, t:2, half, word:2), lowest bits rearranged for the stores
-    column = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    column = tl.program_id(1) * LANES + tl.arange(0, LANES)
     t = column % 4
     word = (column // 4) % 4
     half = (column // 16) % 2
@@ -94,7 +94,7 @@ def permute(
         out = torch.empty(permuted_rows(m, k, tokens), 64, dtype=x_MK.dtype, device=x_MK.device)
     counters, counter_at, count = clear or (None, 0, 0)
     launch = _launch(tokens, dependent, clear is not None)
-    launch((-(-k // (8 * LANES)), m), x_MK, out, counters, k, x_MK.stride(0), counter_at, count)
+    launch((m, -(-k // (8 * LANES))), x_MK, out, counters, k, x_MK.stride(0), counter_at, count)
     return out
 
 

@@ -23,10 +23,20 @@ def whole_and_shared(tiles: int, pieces: int, workers: int, waves: int) -> tuple
         workers: CTAs, at most tiles * pieces.
         waves: whole tiles wished for each worker; -1 as many as fit.
     """
-    waves = tiles // workers if waves < 0 else waves
+    waves = tiles // workers if waves < 0 else min(waves, tiles // workers)
     if 0 < (tiles - waves * workers) * pieces < workers:
         waves -= 1  # every CTA must get a run: the owner of a shared tile waits for all that come after it
     return waves, tiles - waves * workers
+
+
+def side_by_side(m_tiles: int, most: int) -> int:
+    """Groups of CTAs, each with equally many of the tiles of tokens: the largest divisor up to `most`.
+
+    A prime number of tiles above `most` would leave one group, which reads the weights once a tile; up to twice `most`
+    it gets a group a tile instead.
+    """
+    groups = max(divisor for divisor in range(1, most + 1) if m_tiles % divisor == 0)
+    return m_tiles if groups == 1 < most and m_tiles <= 2 * most else groups
 
 
 @gluon.jit

@@ -50,10 +50,15 @@ def linear(
 
     Returns:
         bfloat16 [M, N].
+
+    Raises:
+        ValueError: M is larger than the config's T.
     """
     m, k = x_MK.shape
     n = codes_NK2.shape[0]
     rows, warps, tokens = config["R"], config["W"], config["T"]
+    if m > tokens:
+        raise ValueError(f"the stream kernel's accumulators hold T = {tokens} tokens, got {m}: choose a larger T")
     k_tiles = k // nvfp4_stream.TILE_K
     slices = min(config["SLICES"], k_tiles)
     tiles = -(-n // rows)

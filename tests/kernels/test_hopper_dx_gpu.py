@@ -73,6 +73,17 @@ def test_every_form_agrees_with_float64_and_repeats_to_the_bit():
     assert not bad, bad
 
 
+def test_an_expanded_gradient_is_copied_and_not_read_by_the_copy_engine():
+    """The gradient of a sum is one row expanded to M: its row stride is 0, which TMA refuses."""
+    weight = packed(1024, 2048)
+    row = gradient(1, 1024)
+    exact = row.double() @ (nvfp4.exact_products(weight[0], weight[1], torch.float32).double() * weight[2].double())
+    for m in (5, 200):
+        dx = ops.quantized_linear_dx(row.expand(m, 1024), *weight)
+        assert ((dx.double() - exact).norm() / exact.norm()).item() / m**0.5 < LIMIT
+        assert torch.equal(dx, dx[:1].expand(m, 2048))
+
+
 def test_identity_gradients_read_out_every_code_under_every_scale():
     codes = torch.arange(256, dtype=torch.uint8, device="cuda").repeat(128, 1)
     block = torch.arange(128, dtype=torch.uint8, device="cuda").clamp(max=126)[:, None].repeat(1, 32)

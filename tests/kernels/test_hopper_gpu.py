@@ -142,6 +142,30 @@ def test_chains_where_a_product_is_the_next_input_survive_capture_and_replay():
     assert not wrong
 
 
+def test_side_by_side_token_tiles_and_two_accumulators_agree_with_float64():
+    """`groups` of CTAs over the same weights, for 2 to 7 tiles of tokens; and `rows` 128, two accumulators."""
+    weight = packed(2560, 2304)
+    exact = exact_weight(weight)
+    cases = [(config(256, groups=4, waves=waves), m) for waves in (-1, 0) for m in (512, 763, 1024, 1100, 1500, 1700)]
+    cases += [(config(64, rows=128, slots_w=3, slots_x=3, waves=waves), m) for waves in (-1, 0) for m in (61, 64, 200)]
+    cases += [
+        (config(128, rows=128, slots_w=3, slots_x=3, waves=waves), m) for waves in (-1, 0) for m in (121, 128, 300)
+    ]
+    bad = []
+    for chosen, m in cases:
+        x = torch.randn(m, 2304, device="cuda").bfloat16()
+        poison()
+        first = run(x, weight, chosen)
+        error = relative(first, x.double() @ exact.T)
+        equal = all(torch.equal(bits(first), bits(run(x, weight, chosen))) for _ in range(6))
+        keys = {key: chosen.get(key) for key in ("rows", "tokens", "groups", "waves")}
+        name = f"{keys} M {m}"
+        print(f"{name}: {error:.2e}{'' if equal else ' DIFFERS'}", flush=True)
+        if not (error < LIMIT and equal):
+            bad.append(name)
+    assert not bad
+
+
 def test_a_prepared_launch_is_the_public_launch(monkeypatch):
     assert launch_internals.AVAILABLE
     weight = packed(1536, 2048)

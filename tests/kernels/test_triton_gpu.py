@@ -144,6 +144,17 @@ def test_forward_and_backward_replay_in_a_graph_without_growth(m):
     assert torch.cuda.memory_allocated() <= before
 
 
+@pytest.mark.parametrize("m", [4, 64, 300, 1500])
+def test_inductors_own_graphs_replay_what_a_call_gives(m):
+    """`mode="reduce-overhead"` captures around the operators and checks its pool's memory after recording."""
+    codes, block, decode = packed(5120, 3584)
+    step = torch.compile(lambda x: ops.quantized_linear(x, codes, block, decode) * 2, mode="reduce-overhead")
+    for _ in range(4):
+        x = torch.randn(m, 3584, device="cuda").bfloat16()
+        torch.compiler.cudagraph_mark_step_begin()
+        assert torch.equal(step(x), ops.quantized_linear(x, codes, block, decode) * 2)
+
+
 def test_the_scratch_is_reused_for_the_same_weight_only():
     first, second = packed(512, 1024), packed(512, 1024)
     x = torch.randn(300, 1024, device="cuda").bfloat16()
