@@ -13,12 +13,9 @@
 // Every y[m, n] is summed in one order that depends on K and the instruction set alone: results repeat bit by bit for any number
 // of threads, and a row of x gives the same y whatever other rows are in the batch.
 
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+
+#include "cpu_vectors.h"
 
 namespace {
 
@@ -30,17 +27,10 @@ constexpr int BLOCK = 16;  // columns that share one E4M3 scale
 
 // A tile of ROWS weight rows by BATCH activation rows keeps its sums in registers: there are 32 of 512 bits, 16 of 256 or 128.
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS = 3, BATCH = 8;
-#elif defined(__AVX2__)
-constexpr int WIDTH = 8, ROWS = 2, BATCH = 4;
+constexpr int ROWS = 3, BATCH = 8;
 #else
-constexpr int WIDTH = 4, ROWS = 2, BATCH = 4;
+constexpr int ROWS = 2, BATCH = 4;
 #endif
-
-typedef float Floats __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
-struct bf16 { uint16_t bits; };
 
 struct E4M3Table {
     float value[256];
@@ -128,44 +118,11 @@ inline __m512i products_of_two_blocks(const uint8_t* codes, const uint8_t* block
 
 #endif
 
-inline Floats load(const float* x) {
-    Floats v;
-    std::memcpy(&v, x, sizeof v);
-    return v;
-}
-
-inline Floats load(const bf16* x) {
-    Halves v;
-    std::memcpy(&v, x, sizeof v);
-    return (Floats)(__builtin_convertvector(v, Words) << 16);
-}
-
-inline void store(float* y, float value) { *y = value; }
-
-inline void store(bf16* y, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    // Round to nearest even. A NaN stays one: it comes from bf16 activations, so its low half is zero and nothing carries.
-    y->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 inline void store_exact(float* out, Floats v) { std::memcpy(out, &v, sizeof v); }
 
 inline void store_exact(bf16* out, Floats v) {
     const Halves high = __builtin_convertvector((Words)v >> 16, Halves);
     std::memcpy(out, &high, sizeof high);
-}
-
-inline float sum(Floats v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    typedef float Four __attribute__((vector_size(16)));
-    Four part[WIDTH / 4];
-    std::memcpy(part, &v, sizeof v);
-    const Four four = WIDTH == 4 ? part[0] : part[0] + part[WIDTH / 4 - 1];
-    return (four[0] + four[2]) + (four[1] + four[3]);
-#endif
 }
 
 // y[m, n] for R weight rows and B activation rows.

@@ -1,44 +1,28 @@
-"""Builds, loads and calls cpu_native.cpp.
+"""Loads and calls cpu_native.cpp.
 
 Why C++ at all: torch has no 4-bit float on CPU. The best that ATen operators reach is 0.7 ns per weight, and what
 Inductor makes of the same arithmetic is no faster (docs/cpu_kernels.md); 200 lines of C++ need 0.07 ns, which makes
 one row of activations faster than the bf16 linear it replaces, as 4 bits should be.
 
-Why built on the user's machine: a wheel stays pure Python and the code uses the vector instructions that are there.
-The first call costs about two seconds of g++ or clang++, later processes about 30 ms. The library is kept in
-`$XDG_CACHE_HOME/qerl-compile` (default `~/.cache/qerl-compile`) under a name that hashes the source, the flags and
-everything the compiler says of itself and of the CPU, so that a home directory shared by different machines is safe.
-It has no torch headers and a C interface, so it does not depend on the torch version. It takes OpenMP from the
-libgomp that torch has loaded.
-
-Without a compiler, or with `QERL_CPU_KERNEL=torch` in the environment, `load` returns None and kernels/cpu.py stays
-in torch.
+How it is built and kept, and what happens without a compiler: cpu_build.py.
 
 Shape legend: M activation rows, N output features, K input features, K2 = K/2 bytes, G = K/16 blocks.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qerl_compile.kernels import cpu_build
+from qerl_compile.kernels.cpu_build import FLAGS, threads
+
 SOURCE = Path(__file__).with_name("cpu_native.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
-# Below this many multiplications per thread, waking a thread costs more than it saves (a few microseconds).
-GRAIN = 2**18
 
 _LINEAR_ARGS = "plppllfpi"
 _DECODE_ARGS = "plplllpi"
-_CTYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 
 
 class NativeKernels:
@@ -60,8 +44,7 @@ class NativeKernels:
         self._decode = {torch.float32: self._lib.qerl_decode_f32, torch.bfloat16: self._lib.qerl_decode_bf16}
         for functions, signature in ((self._linear, _LINEAR_ARGS), (self._decode, _DECODE_ARGS)):
             for function in functions.values():
-                function.restype = None
-                function.argtypes = [_CTYPES[letter] for letter in signature]
+                cpu_build.declare(function, signature)
         has_bf16_dot = bool(self._lib.qerl_has_bf16_dot())
         self.linear_dtypes = (torch.float32, torch.bfloat16) if has_bf16_dot else (torch.float32,)
 
@@ -91,7 +74,7 @@ class NativeKernels:
             k,
             decode_scale,
             y_MN.data_ptr(),
-            _threads(n * k * (1 + m // 4)),
+            threads(n * k * (1 + m // 4)),
         )
         return y_MN
 
@@ -112,26 +95,14 @@ class NativeKernels:
             n,
             k,
             out_NK.data_ptr(),
-            _threads(n * k),
+            threads(n * k),
         )
 
 
 @functools.cache
 def load() -> NativeKernels | None:
     """The kernels of this machine, built if the cache folder has none; None if they cannot be had."""
-    if os.environ.get("QERL_CPU_KERNEL") == "torch":
-        return None
-    try:
-        return NativeKernels(build(FLAGS))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        warnings.warn(
-            f"The C++ kernel for 4-bit weights could not be built; linears run several times slower: {reason.strip()}\n"
-            "Install g++ or clang++ with OpenMP, or set QERL_CPU_KERNEL=torch to silence this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
+    return cpu_build.available(lambda: NativeKernels(build(FLAGS)), "4-bit weights", "linears run several times slower")
 
 
 def build(flags: tuple[str, ...]) -> Path:
@@ -142,51 +113,5 @@ def build(flags: tuple[str, ...]) -> Path:
 
     Returns:
         Path of the shared library.
-
-    Raises:
-        OSError: there is no compiler, or no folder can be written.
-        subprocess.SubprocessError: the compiler failed or hung.
     """
-    compiler = _compiler()
-    macros = _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, macros]).encode()).hexdigest()[:24]
-    folder = _cache_folder()
-    library = folder / f"cpu_native-{key}.so"
-    if not library.exists():
-        handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        try:
-            _run([*compiler, *flags, str(SOURCE), "-o", name])
-            Path(name).replace(library)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    return library
-
-
-def _compiler() -> list[str]:
-    if chosen := os.environ.get("CXX"):
-        return shlex.split(chosen)
-    for name in ("g++", "clang++", "c++"):
-        if found := shutil.which(name):
-            return [found]
-    raise FileNotFoundError("no C++ compiler found (looked for $CXX, g++, clang++, c++).")
-
-
-def _run(command: list[str]) -> str:
-    # The command is the user's own compiler with our fixed options.
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout  # noqa: S603
-
-
-def _cache_folder() -> Path:
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qerl-compile"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
-        pass
-    return Path(tempfile.mkdtemp(prefix="qerl-compile-"))
-
-
-def _threads(work: int) -> int:
-    return min(torch.get_num_threads(), 1 + work // GRAIN)
+    return cpu_build.build(SOURCE, flags)

@@ -20,7 +20,7 @@ if CAPABILITY < (8, 9):  # Triton takes pointers to E4M3 from there on
 if CAPABILITY[0] != 9:  # wgmma
     collect_ignore_glob += ["test_hopper_gpu.py", "test_hopper_dx_gpu.py"]
 if not TRITON:
-    collect_ignore_glob += ["*_lowering.py", "*_emulated.py", "test_triton_interpreted.py", "test_prepared_launch.py"]
+    collect_ignore_glob += ["*_lowering.py", "*_emulated.py", "*_interpreted.py", "test_prepared_launch.py"]
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -1,0 +1,45 @@
+"""Run by test_paged_interpreted.py in a process of its own: TRITON_INTERPRET must be set before Triton is imported.
+
+Prints one JSON object, name of a check -> largest error over largest output, or infinity if wrong pages were written.
+"""
+
+# ruff: noqa: T201
+
+import json
+
+import torch
+
+from qerl_compile.kernels import flash_decode, paged_attention
+from tests.kernels.paged_oracle import error, expected, make_case, same_bits, written
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+results: dict[str, float] = {}
+LENGTHS = [1, 0, 17, 64, 65, 130]
+
+for dtype in (torch.float32, torch.float16):
+    for group, heads_kv, d, page, tile in (
+        (1, 2, 64, 16, 32),
+        (3, 1, 80, 64, 64),
+        (5, 2, 16, 32, 16),
+        (17, 1, 32, 48, 32),
+    ):
+        for window in (0, 1, 20, 70):
+            for splits in (1, 2, 5):
+                case = make_case(group * heads_kv, heads_kv, d, page, LENGTHS, window=window, dtype=dtype, shared=1)
+                exact, (pages_k, pages_v) = expected(case), written(case)
+                choice = {"TILE": tile, "splits": splits}
+                y = flash_decode.decode(*case.args, multiprocessors=4, choice=choice)
+                right = same_bits(case.pages_k, pages_k) and same_bits(case.pages_v, pages_v) and not y[1].any()
+                name = f"decode {dtype} G{group} D{d} page{page} tile{tile} window{window} splits{splits}"
+                results[name] = error(y, exact) if right else float("inf")
+
+for d, page in ((64, 16), (80, 64), (16, 7)):
+    case = make_case(2, 2, d, page, LENGTHS)
+    k_BJTD, v_BJTD = torch.randn(6, 130, 2, 2 * d).transpose(1, 2).split(d, dim=-1)
+    right = case.copy()
+    paged_attention.reference_write(k_BJTD, v_BJTD, right.pages_k, right.pages_v, right.table_BP, right.length_B)
+    flash_decode.write(k_BJTD, v_BJTD, case.pages_k, case.pages_v, case.table_BP, case.length_B)
+    same = same_bits(case.pages_k, right.pages_k) and same_bits(case.pages_v, right.pages_v)
+    results[f"write D{d} page{page}"] = 0.0 if same else float("inf")
+print(json.dumps(results))

@@ -1,0 +1,39 @@
+"""The paged Triton kernels, run on the CPU by Triton's interpreter: indexing, masks, splits, what is written where.
+
+Needs Triton (Linux) with numpy < 2.4.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results():
+    path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    script = str(HERE / "paged_interpreted_checks.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 2e-6), ("float16", 1e-3)])
+def test_every_split_and_window_agrees_with_float64_and_writes_one_position(results, dtype, limit):
+    errors = {name: value for name, value in results.items() if name.startswith(f"decode torch.{dtype}")}
+    assert len(errors) == 48
+    assert max(errors.values()) < limit, max(errors, key=errors.get)
+
+
+def test_write_fills_the_live_positions_alone(results):
+    assert {name: value for name, value in results.items() if name.startswith("write")} == {
+        "write D64 page16": 0,
+        "write D80 page64": 0,
+        "write D16 page7": 0,
+    }
