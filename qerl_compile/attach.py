@@ -21,6 +21,7 @@ from qerl_compile.errors import GraphError, ModelError
 from qerl_compile.formats.nvfp4 import PackedNVFP4, quantize_group
 from qerl_compile.graph import clear_owner, held_tensor, set_owner
 from qerl_compile.passes import LoRA, Noise, Quantize
+from qerl_compile.passes.adapt import DERIVED as OF_ROLLOUTS
 from qerl_compile.passes.quantize import add_ghost, derived_decode_scale, share_storage
 from qerl_compile.plan import Plan
 
@@ -97,12 +98,17 @@ def link(model: nn.Module, plan: Plan) -> None:
 
 
 def unlink(model: nn.Module, plan: Plan) -> None:
-    """Drop every derived tensor and owner mark; the model cannot run until `link`."""
-    for path in {*plan.quantize, *plan.lora, *plan.noise}:
+    """Drop every derived tensor and owner mark; the model cannot run until `link`.
+
+    What rollouts derive (stacked_adapters.py) is dropped too, and made again by the next rollout.
+    """
+    dense = [path for group in plan.dense_groups for path in group]
+    for path in {*plan.quantize, *plan.lora, *plan.noise, *dense}:
         clear_owner(held_tensor(model.get_submodule(path), "weight"))
-    for path in plan.quantize:
+    for path in {*plan.quantize, *plan.lora, *dense}:
+        ghost = ("weight",) if path in plan.quantize else ()
         module = model.get_submodule(path)
-        for derived in ("weight", "decode_scale", "fused_packed", "fused_scale"):
+        for derived in (*ghost, "decode_scale", "fused_packed", "fused_scale", *OF_ROLLOUTS):
             module._buffers.pop(derived, None)
             module._non_persistent_buffers_set.discard(derived)
 

@@ -8,10 +8,12 @@ silent no-op, because that is how noise was never applied in the field (design/m
 
 A *group* is the quantized linears of one layer that read the same input (q/k/v, gate/up). Its members are quantized
 with one shared amax, since serving engines fuse them and keep one global scale, and the fuse pass makes them one
-GEMM.
+GEMM. Linears that share an input and stay dense are a *dense group*: one GEMM too, but in rollouts only, where it is
+worth relaying their weights.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -36,6 +38,7 @@ class Plan:
         groups: tuples of `quantize` paths that share an input, hence one amax and one GEMM.
         lora: module path → adapter.
         noise: norms that get a noise buffer; 2 per layer on Qwen2 and Llama.
+        dense_groups: tuples of dense linears that share an input and can be laid into one tensor.
     """
 
     layers: tuple[str, ...]
@@ -43,10 +46,18 @@ class Plan:
     groups: tuple[tuple[str, ...], ...] = ()
     lora: Mapping[str, LoraSite] = field(default_factory=dict)
     noise: tuple[str, ...] = ()
+    dense_groups: tuple[tuple[str, ...], ...] = ()
 
     def group_of(self, path: str) -> tuple[str, ...]:
         """Return the group that `path` belongs to, or `(path,)`."""
         return next((group for group in self.groups if path in group), (path,))
+
+    def adapted(self) -> tuple[tuple[str, ...], ...]:
+        """Return the linears whose adapters are stacked: groups with an adapter on some member, and lone sites."""
+        groups = [*self.groups, *self.dense_groups]
+        grouped = {path for group in groups for path in group}
+        lone = [(path,) for path in self.lora if path not in grouped]
+        return tuple(group for group in [*groups, *lone] if any(path in self.lora for path in group))
 
     def regions(self) -> tuple[str, ...]:
         """Return the modules to compile: the layers, and every site that lies outside them (such as an untied head)."""
@@ -63,7 +74,8 @@ class Plan:
         quantized = [(path.removeprefix(region), self.quantize[path]) for path in inside(self.quantize)]
         adapters = [(path.removeprefix(region), self.lora[path]) for path in inside(self.lora)]
         norms = [path.removeprefix(region) for path in inside(self.noise)]
-        return (tuple(quantized), tuple(adapters), tuple(norms))
+        dense = [tuple(path.removeprefix(region) for path in group) for group in self.dense_groups if inside(group)]
+        return (tuple(quantized), tuple(adapters), tuple(norms), tuple(dense))
 
 
 def make_plan(
@@ -105,6 +117,7 @@ def make_plan(
         groups=_groups(facts, quantize),
         lora=lora,
         noise=_noise_sites(facts, recipe),
+        dense_groups=_dense_groups(model, facts, quantize),
     )
 
 
@@ -198,6 +211,24 @@ def _groups(facts: Mapping[str, LayerFacts], quantize: Mapping[str, str]) -> tup
                 members = tuple(path for path in linears if quantize.get(path) == number_format)
                 if len(members) > 1:
                     groups.append(members)
+    return tuple(groups)
+
+
+def _dense_groups(
+    model: nn.Module, facts: Mapping[str, LayerFacts], quantize: Mapping[str, str]
+) -> tuple[tuple[str, ...], ...]:
+    """Return what shares an input, is not packed, and can be rows of one tensor: weights of one dtype, tied to nothing.
+
+    Biases must be on all or on none: that is what the fuse pass takes.
+    """
+    holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    groups: list[tuple[str, ...]] = []
+    for linears in (linears for layer in facts.values() for linears in layer.groups):
+        dense = {path: model.get_submodule(path) for path in linears if path not in quantize}
+        tensors = [(module._parameters["weight"], module._parameters.get("bias")) for module in dense.values()]
+        alike = {(weight.dtype, bias is None or bias.dtype) for weight, bias in tensors if weight is not None}
+        if len(dense) > 1 and len(alike) == 1 and all(holders[id(weight)] == 1 for weight, _ in tensors):
+            groups.append(tuple(dense))
     return tuple(groups)
 
 

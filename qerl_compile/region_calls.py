@@ -10,12 +10,17 @@ Two things keep the number of graphs flat in depth and small in shapes:
 becomes a guard: one graph per layer. A region is therefore handed a `LayerCache`, a view of its own layer's cache
 that ignores the index. Prefill and decode then take the same few graphs at any depth.
 
+*Rollouts have graphs of their own.* A region that is called with the keyword `qerl_cache` (pages of the rollout engine)
+runs a second set of graphs, without gradients and without a LoRA branch per linear (passes/adapt.py), made when the
+first rollout comes. `qerl_cache` too is handed down as `qerl_cache.layer(index)`, the pages of one layer.
+
 *Batch and length are marked dynamic* (`maybe_mark_dynamic`) on the way in, so that the first call already compiles
 for all lengths. `dynamic=True` would also turn module floats such as eps into inputs (design/compiler.md, rule R6).
 
 What this module does not do: rewrite graphs (`backend.py`), or keep a cache of its own.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +29,14 @@ from torch import Tensor, nn
 
 from qerl_compile.backend import GraphCompiler
 from qerl_compile.isolation import call_region, isolated
-from qerl_compile.passes import Fuse, LoRA, Noise, Pass, Quantize, Recompute
+from qerl_compile.passes import Adapt, Fuse, LoRA, Noise, Pass, Quantize, Recompute
 
 if TYPE_CHECKING:
     from qerl_compile.model import TransformState
 
 
 def passes_for(state: "TransformState") -> list[Pass]:
-    """Return the passes of a plan in their order: noise → lora → fuse → quantize → recompute."""
+    """Return the passes of training graphs in their order: noise → lora → fuse → quantize → recompute."""
     plan = state.plan
     passes: list[Pass] = [
         Noise(frozenset(plan.noise)),
@@ -42,6 +47,18 @@ def passes_for(state: "TransformState") -> list[Pass]:
     return [*passes, Recompute()] if state.recompute else passes
 
 
+def rollout_passes_for(state: "TransformState") -> list[Pass]:
+    """Return the passes of rollout graphs in their order: noise → fuse → quantize → adapt."""
+    plan = state.plan
+    groups = (*plan.groups, *plan.dense_groups)
+    return [
+        Noise(frozenset(plan.noise)),
+        Fuse(groups),
+        Quantize(frozenset(plan.quantize), plan.groups),
+        Adapt(plan.lora, groups),
+    ]
+
+
 def named_tensors(model: nn.Module) -> dict[int, str]:
     """Return `{id(tensor): checkpoint key}` for every parameter and buffer."""
     return {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
@@ -49,17 +66,33 @@ def named_tensors(model: nn.Module) -> dict[int, str]:
 
 def compile_regions(model: nn.Module, state: "TransformState") -> None:
     """Give every region of the plan a compiled call."""
-    compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
+    graphs: dict[tuple[object, ...], _KindGraphs] = {}
     for path in state.plan.regions():
         region = model.get_submodule(path)
         kind = state.plan.kind(path)
-        if kind not in compiled:
-            compiler = GraphCompiler(passes_for(state), lambda: named_tensors(model), state.inner)
-            state.compilers.append(compiler)
-            compiled[kind] = isolated(call_region, compiler)
+        if kind not in graphs:
+            graphs[kind] = _KindGraphs(model, state)
         index = state.plan.layers.index(path) if path in state.plan.layers else None
         # nn.Module.compile() sets this same attribute; it takes no wrapper, which late-binding the cache needs.
-        region._compiled_call_impl = _RegionCall(region, compiled[kind], index)
+        region._compiled_call_impl = _RegionCall(region, graphs[kind], index)
+
+
+class _KindGraphs:
+    """What the regions of one kind share: compiled calls for training, and for rollouts once there is one."""
+
+    def __init__(self, model: nn.Module, state: "TransformState") -> None:
+        self.model, self.state = model, state
+        self.training = self._compiled(passes_for(state))
+
+    @functools.cached_property
+    def rollout(self) -> Callable[..., Any]:
+        """The call that rollouts make."""
+        return self._compiled(rollout_passes_for(self.state))
+
+    def _compiled(self, passes: list[Pass]) -> Callable[..., Any]:
+        compiler = GraphCompiler(passes, lambda: named_tensors(self.model), self.state.inner)
+        self.state.compilers.append(compiler)
+        return isolated(call_region, compiler)
 
 
 def compile_whole(model: nn.Module, state: "TransformState") -> Callable[..., Any]:
@@ -77,8 +110,8 @@ def _call_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class _RegionCall:
     """One region's compiled call; see the module's essay."""
 
-    def __init__(self, region: nn.Module, compiled: Callable[..., Any], index: int | None) -> None:
-        self.region, self.compiled, self.index = region, compiled, index
+    def __init__(self, region: nn.Module, graphs: _KindGraphs, index: int | None) -> None:
+        self.region, self.graphs, self.index = region, graphs, index
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # part of a larger graph, such as decode="whole"
@@ -87,7 +120,14 @@ class _RegionCall:
         if cache is not None and self.index is not None:
             kwargs["past_key_values"] = LayerCache(cache, self.index)
         _mark_dynamic([*args, *kwargs.values()], kwargs.get("attention_mask"))
-        return self.compiled(self.region, *args, **kwargs)
+        pages = kwargs.get("qerl_cache")
+        if pages is None or self.index is None:
+            return self.graphs.training(self.region, *args, **kwargs)
+        kwargs["qerl_cache"] = layer = pages.layer(self.index)
+        _mark(layer.table_BP, (0, 1))
+        _mark(layer.length_B, (0,))
+        with torch.no_grad():
+            return self.graphs.rollout(self.region, *args, **kwargs)
 
 
 class LayerCache:
@@ -115,7 +155,10 @@ def _mark_dynamic(values: Iterable[Any], attention_mask: Any) -> None:
     for value in values:
         for tensor in value if isinstance(value, tuple) else (value,):
             if isinstance(tensor, Tensor) and tensor.dim() >= 2:
-                dims = (0, 2, 3) if tensor is attention_mask and tensor.dim() == 4 else (0, 1)
-                for dim in dims:
-                    if tensor.shape[dim] > 1:  # sizes 0 and 1 are specialised by Dynamo
-                        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+                _mark(tensor, (0, 2, 3) if tensor is attention_mask and tensor.dim() == 4 else (0, 1))
+
+
+def _mark(tensor: Tensor, dims: tuple[int, ...]) -> None:
+    for dim in dims:
+        if tensor.shape[dim] > 1:  # sizes 0 and 1 are specialised by Dynamo
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)

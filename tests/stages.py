@@ -7,7 +7,9 @@ import torch
 from qerl_compile.graphdiff import diff
 from qerl_compile.inspection import layer_stages
 from qerl_compile.recipe import Recipe
+from qerl_compile.stacked_adapters import attach_stacked_adapters
 from tests.models import tiny_model
+from tests.pages import Pages
 
 
 @functools.cache
@@ -18,9 +20,24 @@ def stages(family: str) -> dict[str, str]:
     return dict(layer_stages(model, Recipe.named("qerl-nvfp4-aqn")))
 
 
+@functools.cache
+def rollout_stages(family: str) -> dict[str, str]:
+    """The same for rollout graphs, from "capture" to "adapt"."""
+    with torch.device("meta"):
+        model = tiny_model(family, layers=1, dtype=torch.bfloat16)
+    layer_stages(model, Recipe.named("qerl-nvfp4-aqn"))
+    attach_stacked_adapters(model)
+    _ = model.get_submodule("model.layers.0")._compiled_call_impl.graphs.rollout  # makes the last of the compilers
+    texts: dict[str, str] = {}
+    model.qerl.compilers[-1].record = texts.__setitem__
+    ids_BT, mask = torch.zeros(2, 8, dtype=torch.long, device="meta"), torch.ones(2, 1, 8, 8, device="meta").bool()
+    model(input_ids=ids_BT, attention_mask=mask, use_cache=False, qerl_cache=Pages(2, device="meta"))
+    return texts
+
+
 def pass_diff(family: str, name: str) -> str:
     """The unified diff of what one pass did to the layer, without context and line numbers."""
-    texts = stages(family)
+    texts = rollout_stages(family) if name == "adapt" else stages(family)
     before = list(texts)[list(texts).index(name) - 1]
     lines = diff(texts[before], texts[name])
     return "".join(f"{'@@' if line.startswith('@@') else line}\n" for line in lines)

@@ -39,8 +39,46 @@ def plan(**rules) -> Plan:
     return make_plan(Tiny(), Recipe.resolve(rules))
 
 
+DENSE = tuple(tuple(f"layers.{i}.{name}" for name in "qkv") for i in range(2))
+
+
 def test_no_rules_select_nothing():
-    assert plan() == Plan(layers=("layers.0", "layers.1"))
+    """What shares an input is a dense group all the same: rollouts fuse it."""
+    assert plan() == Plan(layers=("layers.0", "layers.1"), dense_groups=DENSE)
+
+
+def test_dense_groups_are_the_rest_of_what_shares_an_input():
+    assert plan(quantize=[{"match": r"layers\.0\..*"}]).dense_groups == DENSE[1:]
+    assert plan(quantize=[{"match": r".*\.q"}]).dense_groups == tuple(
+        (f"layers.{i}.k", f"layers.{i}.v") for i in (0, 1)
+    )
+    assert plan(quantize=[{"match": r".*\.[qk]"}]).dense_groups == ()
+
+
+@pytest.mark.parametrize(
+    "change, left",
+    [
+        (lambda layer: layer["k"].to(torch.float64), DENSE[1:]),
+        (lambda layer: setattr(layer["k"], "bias", nn.Parameter(torch.zeros(16))), DENSE[1:]),
+        (lambda layer: [setattr(m, "bias", nn.Parameter(torch.zeros(16))) for m in layer.values()], DENSE),
+        (lambda layer: setattr(layer["k"], "weight", layer["v"].weight), DENSE[1:]),
+        (lambda layer: setattr(layer["unused"], "weight", layer["v"].weight), DENSE[1:]),
+    ],
+)
+def test_what_cannot_be_rows_of_one_tensor_is_no_dense_group(change, left):
+    model = Tiny()
+    change(model.layers[0])
+    assert make_plan(model, Recipe()).dense_groups == left
+
+
+def test_adapters_are_stacked_over_groups_dense_groups_and_lone_linears():
+    found = plan(
+        quantize=[{"match": r"layers\.0\..*"}],
+        lora=[{"match": r"layers\.0\.v|layers\.1\.[qk]|head|.*\.o", "rank": 2}],
+    )
+    lone = [("layers.0.o",), ("layers.1.o",), ("head",)]
+    assert sorted(found.adapted()) == sorted([*DENSE, *lone])
+    assert plan(lora=[{"match": "head", "rank": 2}]).adapted() == (("head",),)
 
 
 def test_what_no_graph_calls_is_no_site():
@@ -156,6 +194,8 @@ def test_layers_to_which_the_same_is_done_are_of_one_kind():
     same = plan(quantize=[{"match": ".*"}], noise={})
     assert same.kind("layers.0") == same.kind("layers.1")
     assert same.kind("head") != same.kind("layers.0")
+    dense = Plan(layers=("layers.0", "layers.1"), dense_groups=DENSE[:1])
+    assert dense.kind("layers.0") != dense.kind("layers.1")
     for rules in (
         {"quantize": [{"match": r"layers\.0\.q"}]},
         {"lora": [{"match": r"layers\.0\.q", "rank": 2}]},
@@ -169,7 +209,7 @@ def test_layers_to_which_the_same_is_done_are_of_one_kind():
 def test_a_path_that_begins_like_a_layer_is_not_inside_it():
     found = Plan(layers=("layers.1",), quantize={"layers.1.q": "nvfp4", "layers.10.q": "nvfp4"})
     assert found.regions() == ("layers.1", "layers.10.q")
-    assert found.kind("layers.1") == (((".q", "nvfp4"),), (), ())
+    assert found.kind("layers.1") == (((".q", "nvfp4"),), (), (), ())
 
 
 def test_the_group_of_a_lone_site_is_itself():

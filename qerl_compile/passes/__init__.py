@@ -1,4 +1,7 @@
-"""Graph passes, in the order in which they run: noise → lora → fuse → quantize → recompute.
+"""Graph passes, in the order in which they run.
+
+    training graphs   noise → lora → fuse → quantize → recompute
+    rollout graphs    noise → fuse → quantize → adapt
 
 A pass is two things (architecture.md, decision 4): `state`, which says what a module owns afterwards, and `__call__`,
 which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and
@@ -9,6 +12,7 @@ uses names only to select.
 from collections.abc import Callable
 
 from qerl_compile.graph import Program
+from qerl_compile.passes.adapt import Adapt
 from qerl_compile.passes.fake_quantize import FakeQuantize
 from qerl_compile.passes.fuse import Fuse
 from qerl_compile.passes.lora import LoRA, LoraSite
@@ -18,4 +22,4 @@ from qerl_compile.passes.recompute import Recompute
 
 Pass = Callable[[Program], None]
 
-__all__ = ["FakeQuantize", "Fuse", "LoRA", "LoraSite", "Noise", "Pass", "Quantize", "Recompute"]
+__all__ = ["Adapt", "FakeQuantize", "Fuse", "LoRA", "LoraSite", "Noise", "Pass", "Quantize", "Recompute"]

@@ -98,10 +98,16 @@ def share_storage(members: Sequence[nn.Module]) -> None:
     The group's memory is allocated once more while it is copied, and freed at once: two or three projections.
     """
     for own, fused in (("weight_packed", "fused_packed"), ("weight_scale", "fused_scale")):
-        parts = [module.get_parameter(own) for module in members]
-        whole = torch.cat([part.data.view(torch.uint8) for part in parts]).view(parts[0].dtype)
-        members[0].register_buffer(fused, whole, persistent=False)
-        start = 0
-        for part in parts:
-            part.data = whole[start : start + part.shape[0]]
-            start += part.shape[0]
+        lay_together(members, own, fused)
+
+
+def lay_together(members: Sequence[nn.Module], own: str, fused: str) -> None:
+    """Give the first member a buffer `fused` with the rows of all, of which the Parameters `own` become slices."""
+    parts = [module.get_parameter(own) for module in members]
+    # torch concatenates no float8
+    whole = torch.cat([part.data.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+    members[0].register_buffer(fused, whole, persistent=False)
+    start = 0
+    for part in parts:
+        part.data = whole[start : start + part.shape[0]]
+        start += part.shape[0]
