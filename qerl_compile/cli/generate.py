@@ -33,8 +33,7 @@ def generate(
     from qerl_compile.cli.hints import export_command, train_command, transform_command
     from qerl_compile.cli.runs import Run, is_run, open_model
     from qerl_compile.rl.prompts import PromptFormat, end_token_ids, pad_token_id
-    from qerl_compile.rl.rollout import Sampling
-    from qerl_compile.rl.rollout import generate as sample
+    from qerl_compile.rl.rollout import PagedSampler, Sampling
 
     policy, tokenizer, base = open_model(model, inner=inner, device=device)
     prefix = None if assistant_prefix is None else assistant_prefix.replace("{", "{{").replace("}", "}}")
@@ -44,7 +43,8 @@ def generate(
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in prompt]
     ids = [layout.encode(tokenizer, row).ids for row in rows]
     ends, pad = end_token_ids(tokenizer, policy.generation_config), pad_token_id(tokenizer, policy.generation_config)
-    rollouts = sample(policy, ids, Sampling(max_new_tokens, ends, pad, temperature), seed=(seed, "generate"))
+    params = Sampling(max_new_tokens, ends, pad, temperature, seed=(seed, "generate"))
+    rollouts = PagedSampler(policy).generate(ids, 1, params)
     for text, rollout in zip(prompt, rollouts, strict=True):
         answer = tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True)
         stdout().print(f"[bold cyan]{'user':>9}[/] ", end="")

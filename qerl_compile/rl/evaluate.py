@@ -13,7 +13,7 @@ from qerl_compile.rl.answers import Extractor
 from qerl_compile.rl.prompts import PromptFormat
 from qerl_compile.rl.proportions import Proportion
 from qerl_compile.rl.rewards import AnswerReward
-from qerl_compile.rl.rollout import Rollout, Sampling, generate
+from qerl_compile.rl.rollout import Rollout, Sampler, Sampling
 from qerl_compile.rl.tasks import Row, Task
 from qerl_compile.transforming import resample_noise
 
@@ -56,6 +56,7 @@ class Evaluation:
 
 def evaluate(
     model: Any,
+    sampler: Sampler,
     tokenizer: Any,
     task: Task,
     rows: Sequence[Row],
@@ -67,6 +68,7 @@ def evaluate(
 
     Args:
         model: a transformed model; its noise is zero afterwards.
+        sampler: a rollout engine of this model.
         tokenizer: of the model.
         task: judges the answers.
         rows: held-out rows.
@@ -76,7 +78,7 @@ def evaluate(
     """
     resample_noise(model, 0.0)
     prompts = [prompt.encode(tokenizer, row) for row in rows]
-    rollouts = generate(model, [each.ids for each in prompts], sampling)
+    rollouts = sampler.generate([each.ids for each in prompts], 1, sampling)
     texts = tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
     judge = AnswerReward(task, extractor).judge
     rewards = tuple(judge(text, row) for text, row in zip(texts, rows, strict=True))

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qerl_compile.rl.rollout import Rollout, last_positions, left_padded, positions
+from qerl_compile.rl.rollout import Rollout
+from qerl_compile.rl.rollout.padding import last_positions, left_padded, positions
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     for step in 1..M:
         z ~ N(0, σ_step²) on every noisy norm                     noise_schedule.py, transform.resample_noise
-        G completions for each of P prompts                       rollout.py
+        G completions for each of P prompts                       rollout/
         rewards → group-normalised advantages                     rewards/, advantages.py
         z = 0 (unless noise.in_update)                            QeRL, Algorithm 1: the update is of the clean policy
         DAPO loss over the groups with signal → AdamW on LoRA     policy_batch.py, losses/dapo.py
@@ -34,7 +34,7 @@ from qerl_compile.rl.noise_schedule import NoiseSchedule
 from qerl_compile.rl.policy_batch import MicroBatch, micro_batches, token_logps
 from qerl_compile.rl.prompts import PromptFormat, as_completion, end_token_ids, pad_token_id
 from qerl_compile.rl.rewards import RewardFunction, Scores, score
-from qerl_compile.rl.rollout import Rollout, Sampling, generate
+from qerl_compile.rl.rollout import PagedSampler, Rollout, Rollouts, Sampler, Sampling
 from qerl_compile.rl.seeds import derive_seed
 from qerl_compile.rl.step_metrics import length_metrics, memory_metrics, mismatch_metrics, reward_metrics
 from qerl_compile.rl.tasks import Row, Task, columns
@@ -57,6 +57,7 @@ class Trainer:
         extractor: how evaluations find the answer.
         report: receives one row of metrics per step and per evaluation.
         record: receives the step and the whole evaluation, completions included.
+        sampler: the rollout engine; None for our own.
     """
 
     model: Any
@@ -68,6 +69,7 @@ class Trainer:
     extractor: Extractor
     report: Report
     record: Callable[[int, Evaluation], None] | None = None
+    sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
         self.config = self.recipe.train
@@ -97,6 +99,7 @@ class Trainer:
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config)
         self.pad_id = pad_token_id(self.tokenizer, self.model.generation_config)
         self.seen_tokens = 0
+        self.engine = self.sampler or PagedSampler(self.model, rows=self.config.rollout_batch)
 
     def train(self) -> tuple[Evaluation, Evaluation]:
         """Run all steps; return the evaluations before and after."""
@@ -112,7 +115,9 @@ class Trainer:
         """Evaluate on the held-out items with the noise off, and report it."""
         start = time.perf_counter()
         greedy = self._sampling(0.0)
-        result = evaluate(self.model, self.tokenizer, self.task, self.held_out, self.prompt, self.extractor, greedy)
+        result = evaluate(
+            self.model, self.engine, self.tokenizer, self.task, self.held_out, self.prompt, self.extractor, greedy
+        )
         self.report({"step": step, **result.metrics(), "eval/time": time.perf_counter() - start})
         if self.record is not None:
             self.record(step, result)
@@ -140,6 +145,7 @@ class Trainer:
             **reward_metrics(scores, advantages),
             **length_metrics(lengths_N, torch.tensor([r.ended for r in rollouts])),
             **noise,
+            **rollouts.metrics,
             "num_tokens": self.seen_tokens,
             "rollout/tokens_per_s": sampled / (rolled_out - start),
             "time/rollout": rolled_out - start,
@@ -167,15 +173,13 @@ class Trainer:
             )
         return {"noise/sigma": sigma, "noise/rms": rms, "noise/sites": sites}
 
-    def _roll_out(self, step: int, rows: Sequence[Row]) -> list[Rollout]:
+    def _roll_out(self, step: int, rows: Sequence[Row]) -> Rollouts:
         prompts = [self.prompt.encode(self.tokenizer, row).ids for row in rows]
-        seed = (self.config.seed, "rollout", step)
-        sampling = self._sampling(self.config.temperature)
-        return generate(self.model, prompts, sampling, group_size=self.config.group_size, seed=seed)
+        params = self._sampling(self.config.temperature, (self.config.seed, "rollout", step))
+        return self.engine.generate(prompts, self.config.group_size, params)
 
-    def _sampling(self, temperature: float) -> Sampling:
-        config = self.config
-        return Sampling(config.max_new_tokens, self.end_ids, self.pad_id, temperature, config.rollout_batch)
+    def _sampling(self, temperature: float, seed: tuple[int | str, ...] = ()) -> Sampling:
+        return Sampling(self.config.max_new_tokens, self.end_ids, self.pad_id, temperature, seed=seed)
 
     def _score(self, rows: Sequence[Row], rollouts: Sequence[Rollout]) -> Scores:
         repeated = [row for row in rows for _ in range(self.config.group_size)]
