@@ -19,10 +19,10 @@ RECOMPILE_LIMIT = 64
 _serial = itertools.count()
 
 
-def isolated(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a private copy of a plain `function` as one graph per set of guards."""
+def isolated(function: Callable[..., Any], backend: Callable[..., Any] | str) -> Callable[..., Any]:
+    """Compile a private copy of a Python `function` as one graph per set of guards."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
-    private = types.FunctionType(code, function.__globals__, function.__name__)
+    private = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}  # torch's overloads do not list it yet
         return torch.compile(private, backend=backend, fullgraph=True, **limit)

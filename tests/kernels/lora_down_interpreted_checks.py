@@ -1,0 +1,46 @@
+"""Run by test_lora_down_interpreted.py in a process of its own: TRITON_INTERPRET must be set before Triton is imported.
+
+Prints one JSON object, name of a check -> largest error over largest result, or infinity if tickets were left behind.
+"""
+
+# ruff: noqa: T201
+
+import json
+
+import torch
+
+from qerl_compile.kernels import lora_down
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+results: dict[str, float] = {}
+scratch = torch.full((1 << 16,), float("nan"))
+tickets = torch.zeros(1 << 10, dtype=torch.int32)
+lora_down.partial_sums = lambda device, count: scratch.fill_(float("nan"))[:count]
+lora_down.flags = lambda device, count: tickets[:count]
+
+for dtype in (torch.float32, torch.float16):
+    for m, r, k in ((1, 16, 128), (3, 48, 208), (16, 32, 256), (37, 64, 400)):
+        # columns of a larger matrix on the left, rows of one on the right; the rest is poison
+        x = torch.full((m, k + 48), float("nan"), dtype=dtype)[:, 16 : 16 + k].copy_(torch.randn(m, k))
+        a = torch.full((r + 16, k), float("nan"), dtype=dtype)[16:].copy_(torch.randn(r, k))
+        exact = x.double() @ a.double().T
+        for bm, br, ks, steps, groups in (
+            (1, 1, 512, 1, 0),
+            (4, 2, 64, 1, 0),
+            (2, 16, 32, 2, 0),
+            (16, 16, 64, 1, 1),
+            (64, 32, 32, 4, 1),
+            (16, 16, 64, 2, 4),
+            (32, 16, 128, 1, 2),
+            (16, 64, 512, 1, 4),
+        ):
+            if groups == 0 and m > 16:
+                continue  # thousands of programs
+            form = {"BM": bm, "BR": br, "KS": ks, "STEPS": steps, "GROUPS": groups}
+            h = lora_down.launch(x, a, form | {"num_warps": 4, "num_stages": 2, "DEPENDENT": False})
+            right = h.dtype == dtype and h.shape == (m, r) and h.is_contiguous() and not tickets.any()
+            error = ((h.double() - exact).abs().max() / exact.abs().max()).item()
+            name = f"{dtype} M{m} R{r} K{k} {' '.join(f'{key}{value}' for key, value in form.items())}"
+            results[name] = error if right else float("inf")
+print(json.dumps(results))

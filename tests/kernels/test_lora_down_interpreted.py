@@ -1,0 +1,58 @@
+"""The adapter's first product on the CPU, by Triton's interpreter: indexing, masks, slices, what is left in tickets.
+
+Needs Triton (Linux) with numpy < 2.4.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qerl_compile.kernels import lora_down
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results():
+    path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    script = str(HERE / "lora_down_interpreted_checks.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float16", 1e-3)])
+def test_every_form_agrees_with_float64_and_leaves_its_tickets_at_zero(results, dtype, limit):
+    errors = {name: value for name, value in results.items() if name.startswith(f"torch.{dtype}")}
+    assert len(errors) == 29
+    assert not any(math.isnan(value) for value in errors.values())
+    assert max(errors.values()) < limit, max(errors, key=lambda name: errors[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "r", "k"), [(0, 16, 64), (3, 5, 24), (300, 16, 64)])
+def test_what_the_kernel_does_not_take_goes_to_torch(dtype, m, r, k):
+    x, a = torch.randn(m, k).to(dtype), torch.randn(r, k).to(dtype)
+    assert torch.equal(lora_down.lora_down(x, a), torch.nn.functional.linear(x, a))
+
+
+@given(m=st.integers(1, 256), rank=st.integers(1, 16), k=st.integers(1, 2000))
+def test_config_is_a_form_that_the_kernel_has(m, rank, k):
+    form = lora_down.config(m, 16 * k)
+    for name in ("BM", "BR", "KS", "num_warps"):
+        assert form[name] & (form[name] - 1) == 0
+    # a group of dots is a warp's; a capture has 4096 tickets
+    assert form["GROUPS"] in (0, 1, form["num_warps"])
+    assert form["KS"] >= 16 * form["GROUPS"]
+    assert form["BM"] < 2 * max(m, 16)
+    tiles = -(-m // form["BM"]) * -(-16 * rank // form["BR"])
+    assert tiles <= 4096
