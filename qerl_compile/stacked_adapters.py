@@ -44,20 +44,19 @@ def attach_stacked_adapters(model: nn.Module) -> bool:
     Raises:
         ModelError: the model is not transformed.
     """
-    plan = state_of(model).plan
-    made = False
+    plan, modules, made = state_of(model).plan, dict(model.named_modules()), False
     for group in plan.dense_groups:
-        members = list(_modules(model, group).values())
+        members = list(_members(modules, group).values())
         made |= _share(members, "weight", "fused_weight")
         for module in members:
             set_owner(held_tensor(module, "weight"), module)
     for group in (*plan.groups, *plan.dense_groups):
-        members = list(_modules(model, group).values())
+        members = list(_members(modules, group).values())
         if all(leaf_tensor(module, "bias") is not None for module in members):
             made |= _share(members, "bias", "fused_bias")
     for group in plan.adapted():
-        if leaf_tensor(model.get_submodule(group[0]), "stacked_lora_A") is None:
-            Adapt.state(_modules(model, group), plan.lora)
+        if leaf_tensor(modules[group[0]], "stacked_lora_A") is None:
+            Adapt.state(_members(modules, group), plan.lora)
             made = True
     return made
 
@@ -76,20 +75,30 @@ def refresh_stacked_adapters(model: nn.Module) -> bool:
         ModelError: the model is not transformed.
     """
     made = attach_stacked_adapters(model)
-    sites = state_of(model).plan.lora
-    for group in state_of(model).plan.adapted():
-        members = _modules(model, group)
+    plan, modules = state_of(model).plan, dict(model.named_modules())  # looking each path up walks the tree each time
+    sites = plan.lora
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for group in plan.adapted():
+        members = _members(modules, group)
         a_RK, b_NR = (held_tensor(members[group[0]], name) for name in ("stacked_lora_A", "stacked_lora_B"))
         for path, block in blocks(members, sites).items():
             if path in sites:
-                factor = sites[path].alpha / sites[path].rank
-                torch.mul(held_tensor(members[path], "lora_A"), factor, out=a_RK[block.ranks])
-                b_NR[block.rows, block.ranks].copy_(held_tensor(members[path], "lora_B"))
+                lora_A, lora_B = (held_tensor(members[path], name) for name in ("lora_A", "lora_B"))
+                targets.append(b_NR[block.rows, block.ranks])
+                sources.append(lora_B)
+                if sites[path].alpha == sites[path].rank:
+                    targets.append(a_RK[block.ranks])
+                    sources.append(lora_A)
+                else:
+                    torch.mul(lora_A, sites[path].alpha / sites[path].rank, out=a_RK[block.ranks])
+    if targets:
+        torch._foreach_copy_(targets, sources)
     return made
 
 
-def _modules(model: nn.Module, paths: Sequence[str]) -> Mapping[str, nn.Module]:
-    return {path: model.get_submodule(path) for path in paths}
+def _members(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> dict[str, nn.Module]:
+    return {path: modules[path] for path in paths}
 
 
 def _share(members: Sequence[nn.Module], own: str, fused: str) -> bool:
