@@ -7,7 +7,7 @@ from qerl_compile.errors import TaskError
 from qerl_compile.rl.evaluate import Evaluation, evaluate
 from qerl_compile.rl.prompts import PromptFormat
 from qerl_compile.rl.proportions import Proportion
-from qerl_compile.rl.rollout import Rollout, Sampling
+from qerl_compile.rl.rollout import PagedSampler, Rollout, Sampling
 from qerl_compile.transforming import resample_noise
 from tests.rl.toy import COLOURS, Echo, toy_recipe, toy_trainer, words
 
@@ -34,7 +34,7 @@ def model():
 
 def run(model, task, rows=None, prompt=None):
     rows = task.held_out() if rows is None else rows
-    return evaluate(model, words(), task, rows, prompt or PromptFormat(), "text", GREEDY)
+    return evaluate(model, PagedSampler(model), words(), task, rows, prompt or PromptFormat(), "text", GREEDY)
 
 
 def test_answers_are_counted_by_the_tasks_judge(model):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qerl_compile.errors import ModelError
+from qerl_compile.passes.adapt import DERIVED as OF_ROLLOUTS
 from qerl_compile.rl.seeds import derive_seed
 from qerl_compile.transforming import transform
 from tests.models import tiny_model
@@ -23,6 +24,8 @@ EVERY_STEP = {
     "completions/mean_terminated_length", "completions/min_terminated_length", "completions/max_terminated_length",
     "noise/sigma", "noise/rms", "noise/sites",
     "rollout/tokens_per_s", "time/rollout", "time/update", "step_time", "memory/peak_rss_mib",
+    "rollout/decode_steps", "rollout/occupancy", "rollout/prefill_tokens", "rollout/prefill_time", "rollout/time",
+    "rollout/cache_bytes",
 }  # fmt: skip
 WITH_SIGNAL = EVERY_STEP | {
     "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
@@ -31,12 +34,19 @@ WITH_SIGNAL = EVERY_STEP | {
 EVALUATION = {
     "step", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/items", "eval/mean_length", "eval/time",
 }  # fmt: skip
-MEASURED = {"rollout/tokens_per_s", "time/rollout", "time/update", "step_time", "memory/peak_rss_mib", "eval/time"}
+MEASURED = {
+    "rollout/tokens_per_s", "rollout/prefill_time", "rollout/time", "time/rollout", "time/update", "step_time",
+    "memory/peak_rss_mib", "eval/time",
+}  # fmt: skip
 
 
 def state_of(model):
-    """Every tensor of a model, the packed weights as their bytes."""
-    tensors = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    """Every tensor that a model owns, the packed weights as their bytes; not what rollouts derive from them."""
+    tensors = {
+        name: tensor.detach()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if name.rpartition(".")[2] not in OF_ROLLOUTS
+    }
     return {name: t.contiguous().view(torch.uint8).clone() if t.dim() else t.clone() for name, t in tensors.items()}
 
 
@@ -49,12 +59,12 @@ def changed(before, model):
 
 @contextmanager
 def watched(model):
-    """Yield a list that gets (gradient on, sequences, largest noise) of every forward."""
+    """Yield a list that gets (gradient on, tokens, largest noise) of every forward."""
     seen = []
 
     def note(module, _, inputs):
         loudest = max(float(module.get_submodule(path).noise.abs().max()) for path in NORMS)
-        seen.append((torch.is_grad_enabled(), len(inputs["input_ids"]), loudest))
+        seen.append((torch.is_grad_enabled(), inputs["input_ids"].numel(), loudest))
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     yield seen
@@ -131,7 +141,8 @@ def test_noise_is_on_in_rollouts_and_off_in_updates_and_evaluations(trained):
     _, seen, *_ = trained
     assert {loudest for grad, _, loudest in seen if grad} == {0.0}
     silent = [count for grad, count, loudest in seen if not grad and loudest == 0.0]
-    assert silent == [4, 4, 4, 4, 4, 4]  # four evaluations, and the prefills of the two steps of the silent stage
+    # Four evaluations and the two steps of the silent stage: four prompts of three words, answered by one token.
+    assert silent == [12, 12, 12, 12, 12, 12]
     noisy = [loudest for grad, _, loudest in seen if not grad and loudest > 0.0]
     assert len(noisy) == STEPS - 2
     assert noisy[0] > 1e-2 > noisy[-1] > 5e-4

@@ -56,8 +56,15 @@ class CacheShape:
 
     @classmethod
     def of(cls, model: Any, page_tokens: int) -> "CacheShape":
-        """Read the shape off a model's config; the dtype is that of its embedding."""
+        """Read the shape off a model's config; the dtype is that of its embedding.
+
+        Raises:
+            ModelError: the model caps its attention scores, which no kernel here does. `attend` would say so too, but
+                within a compiled region nobody could read it.
+        """
         config = model.config.get_text_config()
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            raise _not_computed(type(model).__name__, "softcap")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dtype = model.get_input_embeddings().weight.dtype
@@ -68,7 +75,8 @@ class PagedCache:
     """The pages of all layers: per layer two tensors [pages, J, PAGE, D]."""
 
     def __init__(self, shape: CacheShape, pages: int, device: torch.device) -> None:
-        size = (pages, shape.kv_heads, shape.page_tokens, shape.head_dim)
+        # Dynamo specialises size 1, so there are two pages at least.
+        size = (max(2, pages), shape.kv_heads, shape.page_tokens, shape.head_dim)
         self.shape, self.pages = shape, pages
         self.keys, self.values = ([_zeros(size, shape.dtype, device) for _ in range(shape.layers)] for _ in range(2))
 
@@ -211,15 +219,19 @@ def attend(
     unknown = [name for name in ("softcap", "s_aux", "head_mask") if given.get(name) is not None]
     unknown += ["attention_mask"] if attention_mask is not None else []
     if unknown or qerl_cache is None:
-        raise ModelError(
-            where=f"rollout: {type(module).__name__}",
-            expected="plain causal attention, with or without a sliding window, called by the rollout engine",
-            got=f"{', '.join(unknown)} beside it" if unknown else "a call without its cache",
-            do="Use HuggingFaceSampler for this model.",
-        )
+        raise _not_computed(type(module).__name__, ", ".join(unknown) or "a call without its cache")
     layer = qerl_cache.layer(module.layer_idx) if hasattr(qerl_cache, "layer") else qerl_cache
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return layer.attend(query, key, value, scaling, sliding_window or 0), None
+
+
+def _not_computed(where: str, got: str) -> ModelError:
+    return ModelError(
+        where=f"rollout: {where}",
+        expected="plain causal attention, with or without a sliding window, called by the rollout engine",
+        got=got,
+        do="Use HuggingFaceSampler for this model.",
+    )
 
 
 @contextmanager

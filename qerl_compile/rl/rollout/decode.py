@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qerl_compile.isolation import isolated
 from qerl_compile.rl.rollout.cache import DecodeView, PagedCache
 from qerl_compile.rl.rollout.drawing import draw
 from qerl_compile.rl.rollout.types import Sampling
@@ -143,13 +144,17 @@ class DecodeStep:
         self, model: Any, cache: PagedCache, rows: Rows, params: Sampling, *, graphs: bool, pool: Any = None
     ) -> None:
         self.model, self.cache, self.rows, self.graphs, self.pool = model, cache, rows, graphs, pool
-        self.temperature = params.temperature
-        self.truncation = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
         self.steps: dict[int, Callable[[], object]] = {}
 
-    def draw(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw one token per row of logits."""
-        return draw(logits_BV, uniform_B, self.temperature, **self.truncation)
+        def drawing(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+            limits = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
+            return draw(logits_BV, uniform_B, params.temperature, **limits)
+
+        self.draw = self._draw_in_step = drawing
+        inner = getattr(getattr(model, "qerl", None), "inner", None)
+        if graphs and inner == "inductor" and params.temperature and not params.truncated:
+            # 40 launches otherwise: a twentieth of a step of one row of a 7B model.
+            self._draw_in_step = isolated(drawing, "inductor")
 
     def run(self, size: int) -> None:
         """Advance the first `size` lines by one token."""
@@ -173,7 +178,10 @@ class DecodeStep:
         )
         column_B1 = rows.drawn_R[at, None].clamp(max=rows.uniform_RC.shape[1] - 1)
         uniform_B = rows.uniform_RC[at].gather(1, column_B1).squeeze(1)
-        token_B, logp_B = self.draw(output.logits[:, -1], uniform_B)
+        logits_BV = output.logits[:, -1]
+        for tensor in (logits_BV, uniform_B):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        token_B, logp_B = self._draw_in_step(logits_BV, uniform_B)
         rows.record(at, token_B, logp_B, length_B, length_B > 0)
 
     def _capture(self, size: int) -> Callable[[], object]:
