@@ -28,19 +28,14 @@ import torch
 
 from benchmarks import gpu_timing
 from benchmarks.random_models import SHAPES, random_model
+from benchmarks.rollout_report import VLLM
+from qerl_compile.kernels import nvfp4_workspace
 from qerl_compile.rl.policy_batch import micro_batches, token_logps
 from qerl_compile.rl.rollout import Sampling
 from qerl_compile.rl.rollout.paged import PagedSampler
 from qerl_compile.transforming import resample_noise
 
 PROMPT, NEW = 256, 256
-# Output tokens per second, decode step in ms: vLLM 0.24 on an H200 with an adapter (design/rollout_baseline.md).
-VLLM = {
-    ("7B", "bf16"): {1: (160, 6.22), 8: (1283, 6.03), 64: (7511, 6.80), 256: (11579, 15.3)},
-    ("7B", "nvfp4"): {1: (201, 4.93), 8: (1576, 4.69), 64: (6200, 7.23), 256: (7696, 21.0)},
-    ("32B", "bf16"): {1: (44.3, 22.5), 8: (349, 22.1), 64: (1978, 25.0), 256: (3169, 51.3)},
-    ("32B", "nvfp4"): {1: (67.9, 14.5), 8: (513, 13.9), 64: (1651, 24.9), 256: (1960, 75.6)},
-}
 
 
 def prompts(count: int, lengths: tuple[int, int], seed: int, vocabulary: int) -> list[tuple[int, ...]]:
@@ -182,7 +177,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", default="nvfp4,bf16")
     parser.add_argument("--sizes", default="1,8,64,256")
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, for a quick look")
-    parser.add_argument("--extras", default="7B nvfp4", help="which also get ragged, repeat and mismatch")
+    parser.add_argument("--extras", default="7B nvfp4,7B bf16", help="which also get ragged, repeat and mismatch")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new model is begun")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--json", default="benchmarks/results/rollout.json")
@@ -211,6 +206,8 @@ def main() -> None:
                 result["models"].append(measure(model, recipe, sizes, ceilings["copy_tb_per_s"] * 1e12, options))
             except torch.OutOfMemoryError as fault:
                 print(f"# {model} {recipe}: {str(fault)[:200]}", flush=True)
+            torch._dynamo.reset()  # compiled graphs hold on to their model
+            nvfp4_workspace.release()
             gc.collect()
             torch.cuda.empty_cache()
             pathlib.Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -175,6 +175,12 @@ class TrainConfig(Part):
     rollout_batch: Count = 64
     """Most sequences generated together in one batch."""
 
+    rollout_memory_gib: Positive | None = None
+    """Most memory of the rollouts' key-value cache, in GiB; `null` is half of what is free at the first rollout.
+
+    A smaller cache runs fewer sequences at a time; the cache stays while the model trains.
+    """
+
     micro_batch_tokens: Count = 4096
     """Most tokens (prompt + completion, padding included) in one forward-backward; a longer sequence goes alone.
 

@@ -93,7 +93,7 @@ def refresh_stacked_adapters(model: nn.Module) -> bool:
                 else:
                     torch.mul(lora_A, sites[path].alpha / sites[path].rank, out=a_RK[block.ranks])
     if targets:
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]  # torch.optim uses it as well
     return made
 
 

@@ -40,6 +40,8 @@ from qerl_compile.rl.step_metrics import length_metrics, memory_metrics, mismatc
 from qerl_compile.rl.tasks import Row, Task, columns
 from qerl_compile.transforming import resample_noise, state_of
 
+TRAINING_SHARE = 0.5  # of the free memory for the key-value cache: the update needs the other half
+
 Report = Callable[[dict[str, float | int]], None]
 
 
@@ -99,7 +101,11 @@ class Trainer:
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config)
         self.pad_id = pad_token_id(self.tokenizer, self.model.generation_config)
         self.seen_tokens = 0
-        self.engine = self.sampler or PagedSampler(self.model, rows=self.config.rollout_batch)
+        gib = self.config.rollout_memory_gib
+        budget_bytes = None if gib is None else int(gib * 2**30)
+        self.engine = self.sampler or PagedSampler(
+            self.model, rows=self.config.rollout_batch, budget_bytes=budget_bytes, share=TRAINING_SHARE
+        )
 
     def train(self) -> tuple[Evaluation, Evaluation]:
         """Run all steps; return the evaluations before and after."""

@@ -89,7 +89,13 @@ def page_bytes(*, layers: int, kv_heads: int, page_tokens: int, head_dim: int, i
 
 
 def plan_pages(
-    workload: Workload, *, rows: int, page_bytes: int, free_bytes: int, budget_bytes: int | None = None
+    workload: Workload,
+    *,
+    rows: int,
+    page_bytes: int,
+    free_bytes: int,
+    budget_bytes: int | None = None,
+    share: float = CACHE_SHARE,
 ) -> int:
     """Return how many pages to make.
 
@@ -98,7 +104,8 @@ def plan_pages(
         rows: most samples that run at a time.
         page_bytes: of one page, in all layers.
         free_bytes: what the device has left.
-        budget_bytes: most that the cache may take, or None for 80 % of what is free.
+        budget_bytes: most that the cache may take, or None for a share of what is free.
+        share: which.
 
     Returns:
         What the budget pays for, but no more than the workload can use.
@@ -111,9 +118,9 @@ def plan_pages(
             where="rollout memory",
             expected=f"a key-value cache within the {_gib(free_bytes)} that are free on the device",
             got=f"a budget of {_gib(budget_bytes)}",
-            do="Lower the budget, or leave it out to use 80 % of what is free.",
+            do=f"Lower the budget, or leave it out to use {share * 100:.0f} % of what is free.",
         )
-    allowed_bytes = int(free_bytes * CACHE_SHARE) if budget_bytes is None else budget_bytes
+    allowed_bytes = int(free_bytes * share) if budget_bytes is None else budget_bytes
     affordable = allowed_bytes // page_bytes
     check_fits(workload, affordable, page_bytes)
     return min(affordable, workload.most_pages(rows))

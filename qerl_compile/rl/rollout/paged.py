@@ -9,13 +9,12 @@ The host stays one step ahead of the device: it launches step i and then looks a
 were copied to pinned memory meanwhile. Nothing else is waited for. A row that ends is refilled two steps later at most.
 When the queue is empty and few rows are left, they move together and smaller graphs take over.
 
-**What is deterministic.** Random numbers come from (seed, prompt, sample) alone, attention and sampling of a row look
-at no other row, and the schedule depends on lengths only. So on a CPU, and wherever kernels sum in an order that does
-not depend on the batch, a sample is the same in any batch, row and order. On CUDA the linears' kernels are chosen by
-the number of rows, and a row that runs in another batch size (ragged tails, other `rows`) sees logits that differ in
-the last bits; a token that falls on the border between two may then differ, and everything after it. Repeating a call
-with the same arguments repeats every bit: end flags are looked at a fixed number of steps later, whether the device is
-done or not.
+**What is deterministic.** Repeating a call with the same arguments repeats every bit: random numbers come from (seed,
+prompt, sample) alone, the schedule from lengths alone, and end flags are looked at a fixed number of steps later,
+whether the device is done or not. Attention and sampling of a row look at no other row. Products do: torch chooses how
+to multiply by the number of rows, on a CPU too, and so do our linears on CUDA. So in another batch (other `rows`, other
+prompts beside it, a ragged tail) a sample sees logits that differ in the last bits; a token that falls on the border
+between two may then differ, and everything after it. In float32 that is rare enough for tests to expect equal tokens.
 
 What this module does not do: hold weights. The model is the trainer's; adapters are copied into their stacked form at
 the start of `generate`, noise is read from its buffers in every step.
@@ -36,7 +35,7 @@ from torch import Tensor
 from qerl_compile.errors import ModelError
 from qerl_compile.rl.rollout.cache import CacheShape, PagedCache, PrefillView, paged_attention
 from qerl_compile.rl.rollout.decode import MOST_ENDS, DecodeStep, Rows
-from qerl_compile.rl.rollout.memory import Workload, page_bytes, plan_pages
+from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload, page_bytes, plan_pages
 from qerl_compile.rl.rollout.pages import PagePool
 from qerl_compile.rl.rollout.randomness import uniform
 from qerl_compile.rl.rollout.schedule import (
@@ -63,7 +62,8 @@ class PagedSampler:
     Args:
         model: in eval mode, on its final device.
         rows: most sequences that run at a time.
-        budget_bytes: most that the key-value cache may take; None for 80 % of what is free.
+        budget_bytes: most that the key-value cache may take; None for a share of what is free when it is made.
+        share: which; the cache stays for the next call, so a trainer leaves more than an evaluation has to.
         page_tokens: positions of a page; None for the device's default.
         prefill_tokens: prompt tokens that are run together.
         graphs: capture decode steps in CUDA graphs; None for wherever there is CUDA.
@@ -75,11 +75,13 @@ class PagedSampler:
         *,
         rows: int = 64,
         budget_bytes: int | None = None,
+        share: float = CACHE_SHARE,
         page_tokens: int | None = None,
         prefill_tokens: int = 8192,
         graphs: bool | None = None,
     ) -> None:
-        self.model, self.rows, self.budget_bytes, self.prefill_tokens = model, rows, budget_bytes, prefill_tokens
+        self.model, self.rows, self.prefill_tokens = model, rows, prefill_tokens
+        self.budget_bytes, self.share = budget_bytes, share
         self.device = model.get_input_embeddings().weight.device
         on_cuda = self.device.type == "cuda"
         self.graphs = on_cuda if graphs is None else graphs
@@ -140,7 +142,14 @@ class PagedSampler:
             itemsize=shape.dtype.itemsize,
         )
         free = _free_bytes(self.device) + (old.pages * bytes_of_a_page if old else 0)
-        pages = plan_pages(work, rows=rows, page_bytes=bytes_of_a_page, free_bytes=free, budget_bytes=self.budget_bytes)
+        pages = plan_pages(
+            work,
+            rows=rows,
+            page_bytes=bytes_of_a_page,
+            free_bytes=free,
+            budget_bytes=self.budget_bytes,
+            share=self.share,
+        )
         if old is not None and old.pages >= pages:
             return old
         del old

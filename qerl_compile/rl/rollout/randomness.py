@@ -1,7 +1,7 @@
 """The random numbers of a sequence: uniform in [0, 1), one per token, from a seed that is the sequence's own.
 
 They are drawn on the CPU, all at once and in float64, whatever the device of the model: the same path gives the same
-numbers everywhere, a sample does not depend on what else is in the batch, and a resumed run has no generator to restore.
+numbers everywhere, whatever else is in the batch, and a resumed run has no generator to restore.
 """
 
 import torch

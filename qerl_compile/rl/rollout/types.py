@@ -2,15 +2,16 @@
 
     Sampler.generate(prompts, group_size, params) -> Rollouts
 
-Three engines implement it: ours (paged.py), Hugging Face's `generate` (hf.py, the reference in tests) and vLLM (vllm.py,
-optional). They agree on three conventions:
+Three engines implement it: ours (paged.py), Hugging Face's `generate` (hf.py, the reference in tests) and vLLM
+(vllm.py, optional). They agree on three conventions:
 
 * *Order.* Rollouts come group after group: prompt 0's samples, prompt 1's samples, …
 * *Log-probabilities* are those of the untruncated softmax of logits / temperature, in float32, recorded as the tokens
-  are drawn. With top-k, top-p or min-p the tokens come from a truncated distribution, but the recorded numbers stay those
-  of the whole one: importance ratios against the trainer would otherwise be off by the kept mass (design/rl.md, C5).
+  are drawn. With top-k, top-p or min-p the tokens come from a truncated distribution, but the recorded numbers stay
+  those of the whole one: importance ratios against the trainer would otherwise be off by the kept mass (design/rl.md,
+  C5).
 * *Randomness belongs to the sequence.* Sample j of prompt i draws from (params.seed, i, j) and from nothing else (vLLM
-  draws from its own generator, seeded by the same path).
+  from its own generator, seeded by the same path; Hugging Face's `generate` from torch's, a batch at a time).
 """
 
 from collections.abc import Iterator, Sequence
