@@ -1,6 +1,6 @@
 """Rollouts of SmolLM2-135M on one CPU thread: our engine beside Hugging Face's `generate`.
 
-    python benchmarks/rollout_cpu.py [--rounds 3]      about ten minutes, writes results/rollout_cpu.{json,md}
+    python benchmarks/rollout_cpu.py [--rounds 3]      about 25 minutes, writes results/rollout_cpu.{json,md}
     python benchmarks/rollout_cpu.py --quick           one round of the small cells, writes nothing
 
 How it is measured. All competitors of a cell run in turn, round after round, each round in another order; the median
