@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qerl_compile.errors import FormatError, GraphError
-from qerl_compile.kernels import ops
+from qerl_compile.kernels import cpu, ops
 from qerl_compile.kernels.checks import check_activation, check_packed, describe
 
 
@@ -96,6 +96,15 @@ def _(
 def _(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_RK: Tensor, b_NR: Tensor) -> Tensor:
     _check_adapted_dense(x, weight_NK, bias_N, a_RK, b_NR)
     return x.new_empty(*x.shape[:-1], weight_NK.shape[0])
+
+
+@adapted_linear.register_kernel("cpu")
+def _adapted_linear_cpu(
+    x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, a_RK: Tensor, b_NR: Tensor
+) -> Tensor:
+    """Without going through the inner operator, whose dispatch takes 22 µs of 150 at one row of SmolLM2's q/k/v."""
+    _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR)
+    return _add_branch(x, cpu.linear(x, codes_NK2, block_decode_scale_NG, decode_scale), a_RK, b_NR)
 
 
 @adapted_linear.register_kernel("cuda")
