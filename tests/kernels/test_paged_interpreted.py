@@ -3,25 +3,14 @@
 Needs Triton (Linux) with numpy < 2.4.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-HERE = Path(__file__).parent
+from tests.kernels.interpreted import interpreted
 
 
 @pytest.fixture(scope="module")
 def results():
-    path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    script = str(HERE / "paged_interpreted_checks.py")
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return interpreted("paged_interpreted_checks.py")
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 2e-6), ("float16", 1e-3)])

@@ -4,30 +4,14 @@ The interpreter truncates where a GPU rounds to bfloat16, so outputs in bfloat16
 be exact to the bit is checked in fp32 and fp16. Needs Triton (Linux) with numpy < 2.4.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-HERE = Path(__file__).parent
+from tests.kernels.interpreted import interpreted
 
 
 @pytest.fixture(scope="module")
 def results():
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    run = subprocess.run(
-        [sys.executable, str(HERE / "interpreted_checks.py")], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return interpreted("interpreted_checks.py")
 
 
 def test_the_quantizer_writes_the_bytes_of_the_format(results):
