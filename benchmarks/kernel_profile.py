@@ -181,6 +181,7 @@ def run_cells(options: argparse.Namespace) -> None:
     import torch
 
     from qerl_compile.kernels import cuda, dispatch, ops
+    from qerl_compile.kernels.cuda_device import capability_and_multiprocessors
 
     cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
     torch.manual_seed(0)
@@ -199,7 +200,8 @@ def run_cells(options: argparse.Namespace) -> None:
                 launch(*arguments, choice=choice)
             calls.append((launch, arguments))
             new = sorted(map(str, set(cache.rglob("*.cubin")) - before))
-            used = choice or dispatch.choose("dx" if options.dx else "forward", n, k, m, *cuda._device(0))
+            device = capability_and_multiprocessors(0)
+            used = choice or dispatch.choose("dx" if options.dx else "forward", n, k, m, *device)
             cells.append({"name": f"{shape} {'dx ' if options.dx else ''}M={m}", "cubins": new, "choice": used})
     pathlib.Path(options.child).write_text(json.dumps(cells), encoding="utf-8")
     torch.cuda.synchronize()

@@ -36,7 +36,8 @@ if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 from benchmarks import gpu_timing, kernel_report, peers, precompile
 from benchmarks.candidates import RUNTIME_KEYS
-from qerl_compile.kernels import cuda, dispatch, nvfp4_dequantize, nvfp4_quantize, ops
+from qerl_compile.kernels import dispatch, nvfp4_dequantize, nvfp4_quantize, ops
+from qerl_compile.kernels.cuda_device import capability_and_multiprocessors
 
 SHAPES = (
     ("32B gate/up", 27648, 5120),
@@ -159,7 +160,7 @@ def measure(layer: Layer, direction: str, m: int, clock: gpu_timing.Clock) -> di
 
 def warm_up(names: list[str], tokens: list[int], directions: list[str], humming: bool) -> None:
     """Compile: humming's kernels of every layer, and ours, one call for each that may be a new one."""
-    capability, multiprocessors = cuda._device(0)
+    capability, multiprocessors = capability_and_multiprocessors(0)
     shapes = [shape for shape in SHAPES if shape[0] in names]
     jobs: dict[object, precompile.Job] = {(n, k): precompile.Job("humming", n, k) for _, n, k in shapes if humming}
     for name, n, k in shapes:

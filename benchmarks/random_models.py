@@ -4,7 +4,6 @@ The packed form is drawn directly: random codes under random block scales, with 
 a standard deviation of 0.02. Kernels take as long for these as for a trained model's, and zeros are nowhere.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ def random_model(
         plan = attacher.finish()
         for path in plan.lora:
             model.get_submodule(path).lora_B.normal_(0, STANDARD_DEVIATION, generator=generator)
-    become_qerl(model, TransformState(rules, replace(plan), inner, base_name=f"random {size}"))
+    become_qerl(model, TransformState(rules, plan, inner, base_name=f"random {size}"))
     return model
 
 

@@ -8,7 +8,7 @@ A copy whose code object is new and whose name is unique has a history of its ow
 import inspect
 import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,6 +33,13 @@ def isolated(function: Callable[..., Any], backend: Callable[..., Any] | str) ->
             return compiled(*args, **kwargs)
 
     return call
+
+
+def mark_dynamic(tensor: torch.Tensor, dims: Iterable[int]) -> None:
+    """Mark sizes that differ from call to call, so that one graph serves all; Dynamo specialises sizes 0 and 1."""
+    for dim in dims:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def call_region(region: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from qerl_compile.backend import GraphCompiler
-from qerl_compile.isolation import call_region, isolated
+from qerl_compile.isolation import call_region, isolated, mark_dynamic
 from qerl_compile.passes import Adapt, Fuse, LoRA, Noise, Pass, Quantize, Recompute
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ class _RegionCall:
         if pages is None or self.index is None:
             return self.graphs.training(self.region, *args, **kwargs)
         kwargs["qerl_cache"] = layer = pages.layer(self.index)
-        _mark(layer.table_BP, (0, 1))
-        _mark(layer.length_B, (0,))
+        mark_dynamic(layer.table_BP, (0, 1))
+        mark_dynamic(layer.length_B, (0,))
         with torch.no_grad():
             return self.graphs.rollout(self.region, *args, **kwargs)
 
@@ -155,10 +155,4 @@ def _mark_dynamic(values: Iterable[Any], attention_mask: Any) -> None:
     for value in values:
         for tensor in value if isinstance(value, tuple) else (value,):
             if isinstance(tensor, Tensor) and tensor.dim() >= 2:
-                _mark(tensor, (0, 2, 3) if tensor is attention_mask and tensor.dim() == 4 else (0, 1))
-
-
-def _mark(tensor: Tensor, dims: tuple[int, ...]) -> None:
-    for dim in dims:
-        if tensor.shape[dim] > 1:  # sizes 0 and 1 are specialised by Dynamo
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+                mark_dynamic(tensor, (0, 2, 3) if tensor is attention_mask and tensor.dim() == 4 else (0, 1))

@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -58,7 +58,7 @@ def available(make: Callable[[], Kernels], what: str, without: str) -> Kernels |
         return None
 
 
-def declare(function: object, arguments: str, result: object = None) -> None:
+def declare(function: Any, arguments: str, result: object = None) -> None:
     """Tell ctypes the signature of a C function.
 
     Args:
@@ -66,8 +66,8 @@ def declare(function: object, arguments: str, result: object = None) -> None:
         arguments: a letter each: p pointer, l long, f float, i int.
         result: a ctypes type, None for void.
     """
-    function.restype = result  # type: ignore[attr-defined]
-    function.argtypes = [_CTYPES[letter] for letter in arguments]  # type: ignore[attr-defined]
+    function.restype = result
+    function.argtypes = [_CTYPES[letter] for letter in arguments]
 
 
 def build(source: Path, flags: tuple[str, ...]) -> Path:

@@ -8,44 +8,19 @@ on a GPU. Bfloat16 activations go to the kernels that dispatch.py names; other d
 in the epilogue where the kernel can, else by one `addmm`) and with weights in the twiddled layout.
 """
 
-from collections.abc import Callable
-from functools import cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qerl_compile.kernels import dispatch, ops, reference
 from qerl_compile.kernels.checks import check_activation, check_dtype, check_packed, check_weight
+from qerl_compile.kernels.cuda_device import capability_and_multiprocessors, on_its_device
 
 RANKS = (16, 32, 64, 128)  # of LoRA branches that kernels add in their epilogue
 
 
-@cache
-def _device(index: int) -> tuple[tuple[int, int], int]:
-    properties = torch.cuda.get_device_properties(index)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _on_its_device(kernel: Callable[P, R]) -> Callable[P, R]:
-    """Run `kernel` with the device of its first argument current: Triton launches on the current one."""
-
-    @wraps(kernel)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        index = args[0].device.index  # pyright: ignore[reportAttributeAccessIssue]
-        if index == torch.cuda.current_device():
-            return kernel(*args, **kwargs)
-        with torch.cuda.device(index):
-            return kernel(*args, **kwargs)
-
-    return call
-
-
-@_on_its_device
+@on_its_device
 def linear(
     x_MK: Tensor,
     codes_NK2: Tensor,
@@ -78,7 +53,7 @@ def linear(
 
     x_MK = _rows(x_MK)
     n, k, m = codes_NK2.shape[0], codes_NK2.shape[1] * 2, x_MK.shape[0]
-    capability, multiprocessors = _device(x_MK.device.index)
+    capability, multiprocessors = capability_and_multiprocessors(x_MK.device.index)
     if choice is None:
         choice = dispatch.choose("forward", n, k, m, capability, multiprocessors)
     # added in the epilogue where the kernel can, else after it
@@ -129,7 +104,7 @@ def _gluon_linear(
     return y_MN if in_kernel else _add_lora(y_MN, h_MR, lora_B_NR)
 
 
-@_on_its_device
+@on_its_device
 def linear_dx(
     dy_MN: Tensor,
     codes_NK2: Tensor,
@@ -158,7 +133,7 @@ def linear_dx(
     dy_MN = _rows(dy_MN)
     layout = TWIDDLED if twiddled else STANDARD
     n, k, m = codes_NK2.shape[0], codes_NK2.shape[1] * 2, dy_MN.shape[0]
-    capability, multiprocessors = _device(dy_MN.device.index)
+    capability, multiprocessors = capability_and_multiprocessors(dy_MN.device.index)
     if choice is None:
         choice = dispatch.choose("dx", n, k, m, capability, multiprocessors)
     if choice["kernel"] == "hopper_dx":
@@ -207,7 +182,7 @@ def _quantized_linear(x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tenso
     choice = None
     if codes is not codes_NK2 or block is not block_decode_scale_NG:
         # The copy is the kernel directly before the product, and dependent launches read weights before that one's end.
-        m, (_, multiprocessors) = x_MK.shape[0], _device(x_MK.device.index)
+        m, (_, multiprocessors) = x_MK.shape[0], capability_and_multiprocessors(x_MK.device.index)
         choice = dispatch.portable(n, codes.shape[1] * 2, m, multiprocessors)
     y_MN = linear(x_MK, codes, block, decode_scale, choice=choice)
     return y_MN.view(*x.shape[:-1], n)
@@ -228,7 +203,7 @@ def _quantized_linear_dx(dy: Tensor, codes_NK2: Tensor, block_decode_scale_NG: T
 
 
 @ops.quantize.register_kernel("cuda")
-@_on_its_device
+@on_its_device
 def _quantize(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from qerl_compile.kernels.nvfp4_quantize import quantize
 
@@ -237,7 +212,7 @@ def _quantize(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @ops.dequantize.register_kernel("cuda")
-@_on_its_device
+@on_its_device
 def _dequantize(codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, dtype: torch.dtype) -> Tensor:
     from qerl_compile.kernels.nvfp4_dequantize import dequantize_into
 

@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qerl_compile.kernels.cuda_device import on_its_device
 from qerl_compile.kernels.nvfp4_arithmetic import ASM, dot
 from qerl_compile.kernels.nvfp4_workspace import flags, partial_sums
 from qerl_compile.kernels.prepared_launch import prepare
@@ -138,8 +139,9 @@ def config(m: int, k: int) -> dict[str, Any]:
     return form | {"DEPENDENT": False}
 
 
+@on_its_device
 def launch(x_MK: Tensor, a_RK: Tensor, chosen: dict[str, Any]) -> Tensor:
-    """Launch the kernel on the current device.
+    """Launch the kernel.
 
     Args:
         x_MK: bfloat16 [M, K], columns contiguous, M >= 1, 16 divides K; float16 and float32 too under the interpreter.
@@ -184,8 +186,4 @@ def lora_down(x_MK: Tensor, a_RK: Tensor, choice: dict[str, Any] | None = None) 
     fits = x_MK.dtype == a_RK.dtype == torch.bfloat16 and few and 0 < r <= MOST_RANK and k > 0
     if not (fits and x_MK.is_cuda and k % 16 == r % 16 == 0 and x_MK.stride(1) == a_RK.stride(1) == 1):
         return F.linear(x_MK, a_RK)
-    chosen = config(m, k) | (choice or {})
-    if x_MK.get_device() == torch.cuda.current_device():
-        return launch(x_MK, a_RK, chosen)
-    with torch.cuda.device(x_MK.device):
-        return launch(x_MK, a_RK, chosen)
+    return launch(x_MK, a_RK, config(m, k) | (choice or {}))

@@ -5,19 +5,14 @@ Float16, bfloat16 and float32 run in flash_decode.py (float32 with IEEE products
 not be captured in a CUDA graph. Every choice depends on shapes and strides alone.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from qerl_compile.kernels import paged_attention as paged
+from qerl_compile.kernels.cuda_device import capability_and_multiprocessors, on_its_device
 
 
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
+@on_its_device
 def decode(
     q_BHD: Tensor,
     k_BJD: Tensor,
@@ -46,10 +41,11 @@ def decode(
         length_B,
         scaling,
         window,
-        multiprocessors=_multiprocessors(q_BHD.device.index),
+        multiprocessors=capability_and_multiprocessors(q_BHD.device.index)[1],
     )
 
 
+@on_its_device
 def write(k_BJTD: Tensor, v_BJTD: Tensor, pages_k: Tensor, pages_v: Tensor, table_BP: Tensor, length_B: Tensor) -> None:
     """`qerl::paged_write` without the operator around it; arguments as there, unchecked."""
     from qerl_compile.kernels import flash_decode

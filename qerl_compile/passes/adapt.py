@@ -35,6 +35,7 @@ from torch import fx, nn
 from qerl_compile.errors import GraphError
 from qerl_compile.graph import LINEAR, Program, held_tensor, leaf_tensor, linear_parts
 from qerl_compile.kernels import adapted as _adapted  # noqa: F401  # registers the operators
+from qerl_compile.kernels.cuda import RANKS
 from qerl_compile.passes.lora import LoraSite
 
 DERIVED = ("stacked_lora_A", "stacked_lora_B", "fused_weight", "fused_bias")
@@ -64,8 +65,8 @@ def blocks(members: Mapping[str, nn.Module], sites: Mapping[str, LoraSite]) -> d
 
 
 def padded_rank(rank: int) -> int:
-    """Return the R that `rank` is padded to: 16, 32, 64, 128 (kernels/cuda.py RANKS), or the next multiple of 16."""
-    return next((width for width in (16, 32, 64, 128) if rank <= width), -(-rank // 16) * 16)
+    """Return the R that `rank` is padded to: one that the packed kernels add, or the next multiple of 16."""
+    return next((width for width in RANKS if rank <= width), -(-rank // 16) * 16)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from qerl_compile.errors import ModelError
+from qerl_compile.isolation import mark_dynamic
 from qerl_compile.kernels import paged_attention as _paged_attention  # noqa: F401  # registers qerl::paged_*
 
 ATTENTION = "qerl_paged"
@@ -91,7 +92,7 @@ class PagedCache:
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     pages = torch.zeros(size, dtype=dtype, device=device)
-    torch._dynamo.maybe_mark_dynamic(pages, 0)  # a larger cache needs no other graph
+    mark_dynamic(pages, (0,))  # a larger cache needs no other graph
     return pages
 
 
@@ -183,21 +184,15 @@ class PrefillView:
             tensor([t for _, t in tokens])[None],
         )
         self.last = tensor([end - 1 for end in ends])
-        self.pad_BT, self.pack_N = _dynamic(tensor(pad)), _dynamic(tensor(pack))
+        self.pad_BT, self.pack_N = tensor(pad), tensor(pack)
+        mark_dynamic(self.pad_BT, (0, 1))  # the other two are marked by region_calls.py
+        mark_dynamic(self.pack_N, (0,))
         self.table_BP, self.length_B = tensor(table, torch.int32), tensor(lengths, torch.int32)
 
     def layer(self, index: int) -> PrefillLayer:
         """The part of one layer."""
         pages = self.cache.keys[index], self.cache.values[index]
         return PrefillLayer(*pages, self.table_BP, self.length_B, self.pad_BT, self.pack_N)
-
-
-def _dynamic(tensor: Tensor) -> Tensor:
-    """Mark the sizes that differ from batch to batch, so that one graph serves all; as region_calls.py does."""
-    for dim in range(tensor.dim()):
-        if tensor.shape[dim] > 1:  # sizes 0 and 1 are specialised by Dynamo
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-    return tensor
 
 
 def attend(

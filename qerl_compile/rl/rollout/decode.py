@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qerl_compile.isolation import isolated
+from qerl_compile.isolation import isolated, mark_dynamic
 from qerl_compile.rl.rollout.cache import DecodeView, PagedCache
 from qerl_compile.rl.rollout.drawing import draw
 from qerl_compile.rl.rollout.types import Sampling
@@ -180,7 +180,7 @@ class DecodeStep:
         uniform_B = rows.uniform_RC[at].gather(1, column_B1).squeeze(1)
         logits_BV = output.logits[:, -1]
         for tensor in (logits_BV, uniform_B):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            mark_dynamic(tensor, (0,))
         token_B, logp_B = self._draw_in_step(logits_BV, uniform_B)
         rows.record(at, token_B, logp_B, length_B, length_B > 0)
 

@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qerl_compile.errors import ModelError
 from qerl_compile.rl.rollout.padding import left_padded
-from qerl_compile.rl.rollout.types import Rollout, Rollouts, Sampling
+from qerl_compile.rl.rollout.types import Rollout, Rollouts, Sampling, not_finite
 from qerl_compile.rl.seeds import derive_seed
 
 # Shapes: B rows (one per completion), T columns of the prompts, C of the completions, V tokens of the vocabulary.
@@ -135,12 +134,7 @@ def _refuse_not_finite(ids_BS: Tensor, logits_BV: Tensor) -> Tensor:
     """A logits processor that changes nothing. It comes before the draw, which on CUDA would end the process."""
     del ids_BS
     if not bool(torch.logsumexp(logits_BV, -1).isfinite().all()):  # -inf is a number here: a token that never comes
-        raise ModelError(
-            where="rollout",
-            expected="finite log-probabilities of the sampled tokens",
-            got="NaN or Inf, so the model's logits are not finite",
-            do="Check the checkpoint, or lower train.learning_rate if training came this far.",
-        )
+        raise not_finite("rollout")
     return logits_BV
 
 

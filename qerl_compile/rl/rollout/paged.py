@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qerl_compile.errors import ModelError
 from qerl_compile.rl.rollout.cache import CacheShape, PagedCache, PrefillView, paged_attention
 from qerl_compile.rl.rollout.decode import MOST_ENDS, DecodeStep, Rows
 from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload, page_bytes, plan_pages
@@ -48,7 +47,7 @@ from qerl_compile.rl.rollout.schedule import (
     compact,
     prefill_batches,
 )
-from qerl_compile.rl.rollout.types import Rollout, Rollouts, Sampling
+from qerl_compile.rl.rollout.types import Rollout, Rollouts, Sampling, not_finite
 
 PAGE_TOKENS = {
     "cuda": 64,
@@ -336,12 +335,7 @@ def _check_request(prompts: Sequence[tuple[int, ...]], group_size: int, params: 
 
 def _check_finite(logps: Sequence[float], request: Request) -> None:
     if not all(-float("inf") < logp <= 0 for logp in logps):
-        raise ModelError(
-            where=f"rollout of prompt {request.prompt}, sample {request.sample}",
-            expected="finite log-probabilities of the sampled tokens",
-            got="NaN or Inf, so the model's logits are not finite",
-            do="Check the checkpoint, or lower train.learning_rate if training came this far.",
-        )
+        raise not_finite(f"rollout of prompt {request.prompt}, sample {request.sample}")
 
 
 def _refresh_adapters(model: Any) -> bool:

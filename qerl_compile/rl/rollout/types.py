@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, overload
 
+from qerl_compile.errors import ModelError
+
 Seed = tuple[int | str, ...]
 
 
@@ -104,6 +106,16 @@ class Rollouts(Sequence[Rollout]):
 
     def __iter__(self) -> Iterator[Rollout]:
         return iter(self.rollouts)
+
+
+def not_finite(where: str) -> ModelError:
+    """What every engine raises where logits that tokens were sampled from are not finite."""
+    return ModelError(
+        where=where,
+        expected="finite log-probabilities of the sampled tokens",
+        got="NaN or Inf, so the model's logits are not finite",
+        do="Check the checkpoint, or lower train.learning_rate if training came this far.",
+    )
 
 
 class Sampler(Protocol):

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from qerl_compile.errors import ModelError
-from qerl_compile.rl.rollout.types import Rollout, Rollouts, Sampling
+from qerl_compile.rl.rollout.types import Rollout, Rollouts, Sampling, not_finite
 from qerl_compile.rl.rollout.vllm_update import WeightUpdate, check_base, served_rank
 from qerl_compile.rl.seeds import derive_seed
 
@@ -174,12 +174,7 @@ def _rollout(prompt: tuple[int, ...], output: Any, params: Sampling) -> Rollout:
     # By token: the entries of a position are in order of rank, and the sampled token need not be the first.
     logps = tuple(entries[token].logprob for token, entries in zip(tokens, completion.logprobs, strict=True))
     if not all(map(math.isfinite, logps)):
-        raise ModelError(
-            where="rollout",
-            expected="finite log-probabilities of the sampled tokens",
-            got="NaN or Inf, so the model's logits are not finite",
-            do="Check the checkpoint, or lower train.learning_rate if training came this far.",
-        )
+        raise not_finite("rollout")
     return Rollout(prompt, tokens, logps if params.temperature > 0 else (0.0,) * len(tokens), ended)
 
 
