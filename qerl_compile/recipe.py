@@ -32,7 +32,7 @@ from pydantic import Field, ValidationError
 
 from qerl_compile.errors import RecipeError
 from qerl_compile.recipe_errors import key_path, recipe_error
-from qerl_compile.recipe_fields import LoraRule, NoiseConfig, Part, QuantizeRule, TrainConfig
+from qerl_compile.recipe_fields import LoraRule, NoiseConfig, Part, Pattern, QuantizeRule, TrainConfig
 from qerl_compile.recipe_yaml import MAX_BYTES, parse_yaml
 from qerl_compile.wording import nearest, printable, shown
 
@@ -59,6 +59,12 @@ class Recipe(Part):
 
     noise: NoiseConfig | None = None
     """Adaptive quantization noise on norm weights; null for none."""
+
+    trainable_norms: Pattern | None = None
+    """Selects, by full path, norms whose weights are trained too, among those that feed q/k/v or gate/up.
+
+    The authors' scripts train both norms of each layer, the paper does not say so. They are saved beside the adapter.
+    """
 
     train: TrainConfig = TrainConfig()
     """Settings of the reinforcement-learning loop; unused by `transform`."""

@@ -104,8 +104,15 @@ class NoiseConfig(Part):
     stages: Annotated[int, Field(strict=True, ge=2, le=10_000)] = 10
     """Number K of stages, the silent stage 0 included."""
 
-    schedule: Literal["exponential"] = "exponential"
+    schedule: Literal["exponential", "linear", "cosine", "logarithmic"] = "exponential"
     """How sigma goes from start to end; exponential is geometric (the paper's best, Fig. 9)."""
+
+    exponent: Literal["released", "paper"] = "released"
+    """Which fraction of the way stage k has gone: (k-1)/(K-2), so that the last stage runs at `sigma_end` (the authors'
+    code), or (k-1)/(K-1) as equation 8 is printed, which never gets there."""
+
+    enabled: Flag = True
+    """`false` leaves the noise out and everything else as it is: the ablation in one field, on any base."""
 
     in_update: Flag = False
     """Whether the noise also acts in log-prob and gradient forwards; in the paper (Algorithm 1) it does not."""
@@ -126,6 +133,15 @@ class TrainConfig(Part):
 
     steps: Count = 600
     """Optimizer steps. The paper's GSM8K runs take about 600."""
+
+    loss: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"] = "dapo"
+    """Policy loss; each is a file with its equation and source in rl/losses/."""
+
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """What a centred reward is divided by: the deviation of its group, of the whole batch, or nothing (Dr. GRPO)."""
+
+    updates_per_rollout: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
+    """Optimizer steps on each rollout. Above 1, the log-probs before the first are stored. Paper: 4 (GSM8K), else 1."""
 
     learning_rate: Positive = 1e-5
     """Peak learning rate of AdamW. Paper: 1e-5 on a quantized base, 5e-6 on a bf16 base. Small models want more."""
@@ -163,11 +179,65 @@ class TrainConfig(Part):
     clip_high: NonNegative = 0.28
     """The policy ratio is clipped above at `1 + clip_high` (DAPO's clip-higher keeps rare tokens alive)."""
 
+    clip_delta: Annotated[float, Field(strict=True, gt=1, allow_inf_nan=False)] | None = None
+    """Upper bound of the ratio where the advantage is negative, which clipping leaves open; `null` for none."""
+
+    kl_weight: NonNegative = 0.0
+    """Weight of the KL divergence (k3 estimate) from the policy to the model without its adapter; 0 for none."""
+
+    reward_weight: NonNegative = 1.0
+    """Weight of the policy loss; 0 with `distill_weight` above 0 is distillation alone."""
+
+    distill_weight: NonNegative = 0.0
+    """Weight of the KL divergence from the policy to a teacher on the policy's own samples; needs `--teacher`."""
+
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """What is done about rollouts whose sampler is not exactly the trainer's policy (kernels, noise): `truncate` weighs
+    a token by trainer / sampler probability, at most `correction_cap`; `mask` also leaves out tokens beyond it."""
+
+    correction_level: Literal["token", "sequence"] = "token"
+    """Whether that ratio is of a token or of a whole completion."""
+
+    correction_cap: Annotated[float, Field(strict=True, ge=1, allow_inf_nan=False)] = 3.0
+    """Largest ratio; `mask` also leaves out what is below its reciprocal."""
+
+    parity_limit: Positive = 0.5
+    """Before step 1, a rollout without noise is compared with the trainer's own log-probs; a mean absolute difference
+    above this (nats per token) stops the run: the two would not be the same policy."""
+
+    dynamic_sampling_rounds: Annotated[int, Field(strict=True, ge=0, le=100)] = 0
+    """Most extra rounds of prompts in a step to replace groups without signal (DAPO); 0 keeps whatever comes."""
+
+    signal_threshold: NonNegative = 0.0
+    """A group has signal if the standard deviation of its rewards is above this."""
+
+    overlong_buffer: CountOrZero = 0
+    """The last so many tokens before `max_new_tokens` cost reward, linearly up to `overlong_penalty` (DAPO, eq. 13)."""
+
+    overlong_penalty: NonNegative = 1.0
+    """Reward taken from a completion of full length."""
+
+    mask_truncated: Flag = False
+    """Leave completions that were cut off out of the loss."""
+
     seed: Seed = 0
     """Seed of LoRA initialisation, training items, sampling and noise."""
 
     eval_every: CountOrZero = 50
     """Steps between greedy evaluations with noise off; 0 evaluates only before and after training."""
+
+    checkpoint_every: CountOrZero = 25
+    """Steps between checkpoints, from which a run goes on bit by bit; 0 writes none but at SIGTERM."""
+
+    checkpoints_kept: Annotated[int, Field(strict=True, ge=1, le=1000)] = 2
+    """Newest checkpoints that are kept; the older one is what a damaged newest one falls back to."""
+
+    max_bad_steps: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 3
+    """Steps in a row whose loss, reward, gradient or log-probs are not finite, after which the run stops with a dump.
+    Each of them leaves all parameters as they were."""
+
+    reward_timeout: Positive = 10.0
+    """Seconds a reward function may take for one batch before its process is killed; a timeout is not a score of 0."""
 
     eval_size: Count = 128
     """Number of held-out items in each evaluation. Which items are held out depends on their text, not on a seed."""

@@ -144,7 +144,7 @@ RULE = "match: .*"
         ("quantise: []", "recipe.yaml: quantise: expected one of the keys version, name, quantize, lora, noise, train"),
         ("quantise: []", "Did you mean `quantize`?"),
         ("noise: {sigma_strat: 1}", "Did you mean `sigma_start`?"),
-        ("train: {lr: 1}", "recipe.yaml: train.lr: expected one of the keys steps, learning_rate"),
+        ("train: {lr: 1}", "recipe.yaml: train.lr: expected one of the keys steps, loss"),
         ("env: {LD_PRELOAD: x}", "unknown key 'env'"),
         ("quantize: [{format: nvfp4}]", "recipe.yaml: quantize[0].match: expected the key `match`"),
         (f"quantize: [{{{RULE}, format: nvpf4}}]", "one of 'nvfp4' or 'none'; got 'nvpf4'. Did you mean `nvfp4`?"),
@@ -165,7 +165,7 @@ RULE = "match: .*"
         ("noise: {sigma_start: .nan}", "noise.sigma_start: expected a finite number; got nan"),
         ("noise: {sigma_start: 1e999}", "noise.sigma_start: expected a finite number; got inf"),
         ("noise: {stages: 1}", "noise.stages: expected a number >= 2; got 1"),
-        ("noise: {schedule: cosine}", "noise.schedule: expected one of 'exponential'; got 'cosine'"),
+        ("noise: {schedule: square}", "noise.schedule: expected one of 'exponential', 'linear', 'cosine', 'logarithmic'; got 'square'"),
         ("noise: {in_update: 1}", "noise.in_update: expected true or false; got 1"),
         ("noise: yes please", "noise: expected a mapping of keys; got 'yes please'"),
         ("train: {betas: [0.9]}", "train.betas: expected a list of at least 2 items; got [0.9]"),
@@ -250,7 +250,7 @@ def test_overrides_are_judged_together() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.learning_rat=1", "--set: train.learning_rat: expected one of the keys steps, learning_rate"),
+        ("train.learning_rat=1", "--set: train.learning_rat: expected one of the keys steps, loss"),
         ("train.learning_rat=1", "Did you mean `learning_rate`?"),
         ("train.learning_rate=abc", "--set: train.learning_rate: expected a number; got 'abc'"),
         ("train.steps", "expected KEY=VALUE such as train.learning_rate=2e-4; got 'train.steps'"),
