@@ -165,7 +165,7 @@ RULE = "match: .*"
         ("noise: {sigma_start: .nan}", "noise.sigma_start: expected a finite number; got nan"),
         ("noise: {sigma_start: 1e999}", "noise.sigma_start: expected a finite number; got inf"),
         ("noise: {stages: 1}", "noise.stages: expected a number >= 2; got 1"),
-        ("noise: {schedule: square}", "noise.schedule: expected one of 'exponential', 'linear', 'cosine', 'logarithmic'; got 'square'"),
+        ("noise: {schedule: square}", "noise.schedule: expected one of 'exponential', 'linear', 'cosine' or 'logarithmic'; got 'square'"),
         ("noise: {in_update: 1}", "noise.in_update: expected true or false; got 1"),
         ("noise: yes please", "noise: expected a mapping of keys; got 'yes please'"),
         ("train: {betas: [0.9]}", "train.betas: expected a list of at least 2 items; got [0.9]"),
