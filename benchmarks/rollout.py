@@ -30,9 +30,10 @@ from benchmarks import gpu_timing
 from benchmarks.random_models import SHAPES, random_model
 from benchmarks.rollout_report import VLLM
 from qerl_compile.kernels import nvfp4_workspace
-from qerl_compile.rl.policy_batch import micro_batches, token_logps
+from qerl_compile.rl.policy_batch import micro_batches
 from qerl_compile.rl.rollout import Sampling
 from qerl_compile.rl.rollout.paged import PagedSampler
+from qerl_compile.rl.token_logps import token_logps
 from qerl_compile.transforming import resample_noise
 
 PROMPT, NEW = 256, 256

@@ -1,19 +1,21 @@
-"""Load a PEFT adapter into a model's LoRA factors, to train on from it.
+"""Load a PEFT adapter into a model's LoRA factors and trained norms, to train on from it.
 
 Reading needs neither PEFT (8 s to import) nor trust in the files. Everything is checked before the model changes:
 
 - the names are exactly those of the model's adapted modules, the shapes those of its factors, the numbers finite;
-- the adapter is a plain LoRA. What would change the function in other ways is refused: DoRA, trained biases, whole
-  modules, initialisations that alter the base weights.
+- the adapter is a plain LoRA, with or without trained norms. What would change the function in other ways is refused:
+  DoRA, trained biases, other whole modules, initialisations that alter the base weights.
 
 An adapter may scale differently than the recipe of the model that it is loaded into: another alpha, or rsLoRA's
-alpha / √rank. Then B is multiplied by the quotient of the scalings, which leaves the function as it was.
+alpha / √rank. Then B is multiplied by the quotient of the scalings, which leaves the function as it was. An adapter
+without norms gives a model that trains some the base's norms, which is likewise the function that its files describe.
 
 What this module does not do: change ranks, or adapt modules that the recipe leaves alone.
 """
 
 import math
 import re
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qerl_compile.adapter_files import CONFIG, WEIGHTS, adapters_of, weight_name
+from qerl_compile.adapter_files import CONFIG, WEIGHTS, adapters_of, norm_name, trained_norms_of, weight_name
 from qerl_compile.checkpoint_config import read_bounded
 from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
+from qerl_compile.graph import held_tensor
 from qerl_compile.safetensors_header import TensorEntry, read_header
 from qerl_compile.strict_json import parse_json
 from qerl_compile.wording import refuse_checkpoint, shown
@@ -43,13 +46,12 @@ _UNDERSTOOD = {
     ),
     *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "bias", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config", "runtime_config"),
-    *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying", "modules_to_save"),
 }
 _REASONS = {
     "use_dora": "DoRA scales every column of the weight",
     "lora_bias": "it trains a bias of the branch",
     "fan_in_fan_out": "it is for transposed weights",
-    "modules_to_save": "it replaces whole modules",
     "trainable_token_indices": "it replaces embeddings",
     "target_parameters": "it adapts parameters that are not linears",
     "layer_replication": "it changes the layers of the model",
@@ -65,7 +67,8 @@ def read_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Copy a PEFT adapter into a model that has LoRA factors on the same modules with the same ranks.
 
     Args:
-        model: its adapted modules have Parameters `lora_A`, `lora_B` and attributes `lora_rank`, `lora_alpha`.
+        model: its adapted modules have Parameters `lora_A`, `lora_B` and attributes `lora_rank`, `lora_alpha`, and the
+            norms that it trains a Parameter `trained_weight`.
         directory: with adapter_model.safetensors and adapter_config.json.
 
     Raises:
@@ -76,10 +79,14 @@ def read_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     weights, config_file = Path(directory, WEIGHTS), Path(directory, CONFIG)
     config = _read_config(config_file)
-    adapters = adapters_of(model)
+    adapters, norms = adapters_of(model), trained_norms_of(model)
+    with_norms = bool(config.get("modules_to_save"))
+    if with_norms:
+        _check_saved_modules(config["modules_to_save"], list(norms), config_file)
     entries = read_header(weights)
     compare_names(
-        [weight_name(path, factor) for path in adapters for factor in ("lora_A", "lora_B")],
+        [weight_name(path, factor) for path in adapters for factor in ("lora_A", "lora_B")]
+        + ([norm_name(path) for path in norms] if with_norms else []),
         list(entries),
         where=f"{weights} against the recipe's lora rules",
     )
@@ -92,6 +99,13 @@ def read_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
                 _check_entry(name, entries[name], own, rank_axis=0 if factor == "lora_A" else 1)
                 loaded = finite_or_raise(name, file.get_tensor(name), weights).float()
                 factors.append((own, loaded, ratio if factor == "lora_B" else 1.0))
+        for path, own in norms.items():
+            loaded = held_tensor(model.get_submodule(path), "weight").detach().float()
+            if with_norms:
+                name = norm_name(path)
+                _check_entry(name, entries[name], own)
+                loaded = finite_or_raise(name, file.get_tensor(name), weights).float()
+            factors.append((own, loaded, 1.0))
     with torch.no_grad():
         for own, loaded, ratio in factors:
             own.copy_(loaded if ratio == 1.0 else loaded * ratio)
@@ -118,14 +132,40 @@ def adapter_ranks(directory: str | PathLike[str]) -> dict[str, tuple[int, float]
     return ranks
 
 
-def _check_entry(name: str, entry: TensorEntry, own: Tensor, *, rank_axis: int) -> None:
+def adapter_norms(directory: str | PathLike[str]) -> tuple[str, ...]:
+    """Return the module paths of the norms that an adapter's files hold, in file order; empty for a plain adapter.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapter has what we lack.
+    """
+    if not _read_config(Path(directory, CONFIG)).get("modules_to_save"):
+        return ()
+    prefix, suffix = norm_name("\0").split("\0")
+    names = [name for name, entry in read_header(Path(directory, WEIGHTS)).items() if len(entry.shape) == 1]
+    return tuple(
+        name[len(prefix) : -len(suffix)] for name in names if name.startswith(prefix) and name.endswith(suffix)
+    )
+
+
+def _check_saved_modules(saved: Any, norms: Sequence[str], file: Path) -> None:
+    """Refuse an adapter that replaces other modules than the trained norms; PEFT takes what ends like an entry."""
+    entries: list[Any] = saved if isinstance(saved, list) else [saved]
+    ends = tuple(entry for entry in entries if isinstance(entry, str) and any(path.endswith(entry) for path in norms))
+    if len(ends) < len(entries) or not all(path.endswith(ends) for path in norms):
+        expected = f"the {len(norms)} norms that the model trains" if norms else "an adapter without it"
+        do = "Set the recipe's trainable_norms to the norms of the adapter; merge what else it replaces into the base."
+        got = f"{shown(saved)}; it replaces whole modules"
+        refuse_checkpoint(f"{file}: modules_to_save", expected, got, do=do)
+
+
+def _check_entry(name: str, entry: TensorEntry, own: Tensor, *, rank_axis: int | None = None) -> None:
     where = f"{entry.file}: tensor {shown(name)}"
     if entry.dtype not in ("F32", "BF16", "F16"):
         refuse_checkpoint(where, "F32, BF16 or F16", entry.dtype, do="Save the adapter in one of these.")
     if entry.shape != tuple(own.shape):
-        other_axis = 1 - rank_axis
-        differs_in_rank = len(entry.shape) == 2 and entry.shape[other_axis] == own.shape[other_axis]
-        rank = entry.shape[rank_axis] if differs_in_rank else 0
+        rank = 0
+        if rank_axis is not None and len(entry.shape) == 2 and entry.shape[1 - rank_axis] == own.shape[1 - rank_axis]:
+            rank = entry.shape[rank_axis]
         do = f"Set rank: {rank} for it in the recipe's lora rules." if rank else "Load an adapter of this base model."
         refuse_checkpoint(where, f"shape {list(own.shape)}", str(list(entry.shape)), do=do)
 

@@ -1,6 +1,7 @@
 """The state half of a transformation: what modules own, and the links that can be derived from it.
 
-Two kinds of state. What a module *owns* is canonical and saved: packed weights, LoRA factors, clean norm weights.
+Two kinds of state. What a module *owns* is canonical and saved: packed weights, LoRA factors, norm weights, the
+base's and the trained.
 *Links* are derived and can be rebuilt at any time: ghosts, decode scales, the fused storage of a group, and the owner
 marks through which graphs find tensors. `unlink` drops the links and `link` makes them, so a move to another device
 or a deep copy is: unlink, move or copy what is owned, link.
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from qerl_compile.errors import GraphError, ModelError
 from qerl_compile.formats.nvfp4 import PackedNVFP4, quantize_group
 from qerl_compile.graph import clear_owner, held_tensor, set_owner
-from qerl_compile.passes import LoRA, Noise, Quantize
+from qerl_compile.passes import LoRA, Noise, Quantize, TrainedNorms
 from qerl_compile.passes.adapt import DERIVED as OF_ROLLOUTS
 from qerl_compile.passes.quantize import add_ghost, derived_decode_scale, share_storage
 from qerl_compile.plan import Plan
@@ -58,7 +59,7 @@ class Attacher:
         Quantize.state(self.model.get_submodule(path), packed, dtype)
 
     def finish(self) -> Plan:
-        """Attach adapters and noise, link, freeze everything but the adapters; return the plan as carried out.
+        """Attach adapters, trained norms and noise, link, freeze all else; return the plan as carried out.
 
         Groups whose members came packed with unequal global scales are dropped from the plan: one GEMM has one scale.
         If some members came packed and others dense, the dense ones share an amax among themselves.
@@ -73,6 +74,9 @@ class Attacher:
         for path, site in plan.lora.items():
             module = self.model.get_submodule(path)
             LoRA.state(module, held_tensor(module, "weight"), site, generator)
+        for path in plan.trained_norms:
+            module = self.model.get_submodule(path)
+            TrainedNorms.state(module, held_tensor(module, "weight"))
         for path in plan.noise:
             module = self.model.get_submodule(path)
             Noise.state(module, held_tensor(module, "weight"))
@@ -92,7 +96,7 @@ def link(model: nn.Module, plan: Plan) -> None:
         add_ghost(model.get_submodule(path))
     for group in plan.groups:
         share_storage([model.get_submodule(path) for path in group])
-    for path in {*plan.quantize, *plan.lora, *plan.noise}:
+    for path in {*plan.quantize, *plan.lora, *plan.noise, *plan.trained_norms}:
         module = model.get_submodule(path)
         set_owner(held_tensor(module, "weight"), module)
 
@@ -103,7 +107,7 @@ def unlink(model: nn.Module, plan: Plan) -> None:
     What rollouts derive (stacked_adapters.py) is dropped too, and made again by the next rollout.
     """
     dense = [path for group in plan.dense_groups for path in group]
-    for path in {*plan.quantize, *plan.lora, *plan.noise, *dense}:
+    for path in {*plan.quantize, *plan.lora, *plan.noise, *plan.trained_norms, *dense}:
         clear_owner(held_tensor(model.get_submodule(path), "weight"))
     for path in {*plan.quantize, *plan.lora, *dense}:
         ghost = ("weight",) if path in plan.quantize else ()

@@ -174,7 +174,8 @@ def _quantize_rules(given: Any) -> Recipe:
     if given is None:
         return Recipe.named("qerl-nvfp4-aqn").model_copy(update={"lora": (), "noise": None})
     recipe = Recipe.resolve(given)
-    stateful = [key for key, rules in (("lora", recipe.lora), ("noise", recipe.noise)) if rules]
+    owners = (("lora", recipe.lora), ("noise", recipe.noise), ("trainable_norms", recipe.trainable_norms))
+    stateful = [key for key, rules in owners if rules]
     if stateful:
         raise RecipeError(
             where=f"recipe {recipe.name!r}: {stateful[0]}",

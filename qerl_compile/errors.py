@@ -44,6 +44,10 @@ class ModelError(QerlError):
     """An operation was asked of a model that cannot support it, such as casting packed weights."""
 
 
+class NotFiniteError(ModelError):
+    """A model computed NaN or Inf; the trainer counts such a step and leaves all parameters as they were."""
+
+
 class ExportError(QerlError):
     """An export cannot be written as asked."""
 

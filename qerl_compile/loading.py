@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qerl_compile.adapter_reading import adapter_ranks, read_adapter
+from qerl_compile.adapter_reading import adapter_norms, adapter_ranks, read_adapter
 from qerl_compile.attach import Attacher
 from qerl_compile.checkpoint_dir import CheckpointDirectory, open_checkpoint
 from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
@@ -59,7 +59,8 @@ def load(
         dtype: what dense tensors and activations are; None is what config.json says.
         inner: "inductor", "aot_eager" or "eager".
         decode: "regional" or "whole", see `transform`.
-        adapter: directory of a PEFT LoRA adapter to start from; its rank and targets replace the recipe's lora rules.
+        adapter: directory of a PEFT LoRA adapter to start from; its rank and targets replace the recipe's lora rules,
+            and its trained norms, if it has any, `trainable_norms`.
         seed: of new adapters' initial values.
         trust_remote_code: allow a directory that holds Python files; the files are still not run.
 
@@ -80,7 +81,9 @@ def load(
     packed = _packed_modules(checkpoint)
     tied = _check_names(model, checkpoint, packed)
     adapters = None if adapter is None else _adapter_sites(adapter)
-    attacher = Attacher(model, make_plan(model, recipe, packed=packed, adapters=adapters), seed=seed)
+    norms = None if adapter is None else adapter_norms(adapter) or None
+    plan = make_plan(model, recipe, packed=packed, adapters=adapters, trained_norms=norms)
+    attacher = Attacher(model, plan, seed=seed)
     with torch.no_grad():
         _stream(model, checkpoint, attacher, device, tied)
         _move_buffers(model, device)

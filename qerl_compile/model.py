@@ -7,7 +7,8 @@
     to, half, cuda …   a move to a device moves what is owned and derives the links anew; a change of dtype is refused,
                        since it would cast block scales and adapters
     copy.deepcopy      copies what is owned, derives the links, compiles afresh
-    save_pretrained    refused, naming the exporters: the state_dict holds packed tensors that only they describe
+    save_pretrained    writes the adapter, for a model that has one is a PeftModel as well (peft_face.py); without one
+                       refused, naming the exporters: the state_dict holds packed tensors that only they describe
     gradient_checkpointing_enable, activation_checkpointing_enable
                        switch the recompute pass on (Hugging Face's own would hide the linears); a model that comes
                        with it switched on gets the pass instead
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from qerl_compile.attach import link, unlink
 from qerl_compile.backend import GraphCompiler
 from qerl_compile.errors import ModelError
+from qerl_compile.peft_face import peft_class
 from qerl_compile.plan import Plan
 from qerl_compile.recipe import Recipe
 from qerl_compile.region_calls import compile_regions, compile_whole
@@ -94,26 +96,29 @@ class QerlModel(nn.Module):
         return new
 
     def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> None:
-        """Refuse: see the module's essay."""
+        """Refuse a model without adapters: see the module's essay."""
         raise ModelError(
             where=f"save_pretrained({str(save_directory)!r})",
             expected="an exporter, since packed tensors need their format written beside them",
-            got="a transformed model",
-            do="Use qerl_compile.export(model, DIR, target='vllm') for the model or target='peft' for the adapter.",
+            got="a transformed model without adapters",
+            do="Use qerl_compile.export(model, DIR, target='vllm').",
         )
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Switch the recompute pass on; only what enters a layer is then saved for backward."""
-        self.qerl.recompute = True
-        self.compile_graphs()
+        self._recompute(True)
 
     def gradient_checkpointing_disable(self) -> None:
         """Switch the recompute pass off."""
-        self.qerl.recompute = False
-        self.compile_graphs()
+        self._recompute(False)
 
     activation_checkpointing_enable = gradient_checkpointing_enable  # their name from transformers 5.23 on
     activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def _recompute(self, wanted: bool) -> None:
+        if self.qerl.recompute != wanted:  # trainers ask again and again; each change compiles afresh
+            self.qerl.recompute = wanted
+            self.compile_graphs()
 
 
 def become_qerl(model: nn.Module, state: TransformState) -> None:
@@ -123,13 +128,13 @@ def become_qerl(model: nn.Module, state: TransformState) -> None:
     for module in hiding:
         vars(module)["gradient_checkpointing"] = False
     state.recompute = state.recompute or bool(hiding)
-    model.__class__ = _subclass(cls)
+    model.__class__ = _subclass(cls, adapted=bool(state.plan.lora))
     model.__dict__["qerl"] = state
     cast(QerlModel, model).compile_graphs()
 
 
 @functools.cache
-def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
+def _subclass(cls: type[nn.Module], *, adapted: bool) -> type[nn.Module]:
     @functools.wraps(cls.forward)  # generate() and trainers read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         whole = self.__dict__.get("_qerl_whole")
@@ -139,7 +144,7 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
         return cls.forward(self, *args, **kwargs)
 
     body = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (QerlModel, cls), body)
+    return (peft_class if adapted else type)(cls.__name__, (QerlModel, cls), body)
 
 
 def _refuse_cast(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:

@@ -1,6 +1,6 @@
 """The plan: which module gets what, decided from the recipe and the captured graph before any weight is read.
 
-    recipe rules × module tree  →  sites to quantize, groups to fuse, adapters, noisy norms
+    recipe rules × module tree  →  sites to quantize, groups to fuse, adapters, noisy and trained norms
 
 Rules select by full module path (`re.fullmatch`), and within a list the first match wins. What may be selected is a
 graph fact: linears that a decoder layer calls, norms that feed them. A rule that selects nothing is an error, not a
@@ -10,6 +10,9 @@ A *group* is the quantized linears of one layer that read the same input (q/k/v,
 with one shared amax, since serving engines fuse them and keep one global scale, and the fuse pass makes them one
 GEMM. Linears that share an input and stay dense are a *dense group*: one GEMM too, but in rollouts only, where it is
 worth relaying their weights.
+
+Noise that a recipe switches off (`noise.enabled: false`) has no sites: the graphs then hold no trace of it, and a run
+with it off is the run of a recipe that never had it. Its rule is still matched, so that it can be switched on.
 """
 
 import re
@@ -38,6 +41,7 @@ class Plan:
         groups: tuples of `quantize` paths that share an input, hence one amax and one GEMM.
         lora: module path → adapter.
         noise: norms that get a noise buffer; 2 per layer on Qwen2 and Llama.
+        trained_norms: norms whose weight is trained, by a float32 copy.
         dense_groups: tuples of dense linears that share an input and can be laid into one tensor.
     """
 
@@ -47,6 +51,7 @@ class Plan:
     lora: Mapping[str, LoraSite] = field(default_factory=dict)
     noise: tuple[str, ...] = ()
     dense_groups: tuple[tuple[str, ...], ...] = ()
+    trained_norms: tuple[str, ...] = ()
 
     def group_of(self, path: str) -> tuple[str, ...]:
         """Return the group that `path` belongs to, or `(path,)`."""
@@ -61,7 +66,7 @@ class Plan:
 
     def regions(self) -> tuple[str, ...]:
         """Return the modules to compile: the layers, and every site that lies outside them (such as an untied head)."""
-        sites = dict.fromkeys([*self.quantize, *self.lora, *self.noise])
+        sites = dict.fromkeys([*self.quantize, *self.lora, *self.noise, *self.trained_norms])
         outside = [path for path in sites if not any(path.startswith(f"{layer}.") for layer in self.layers)]
         return (*self.layers, *outside)
 
@@ -73,9 +78,10 @@ class Plan:
 
         quantized = [(path.removeprefix(region), self.quantize[path]) for path in inside(self.quantize)]
         adapters = [(path.removeprefix(region), self.lora[path]) for path in inside(self.lora)]
-        norms = [path.removeprefix(region) for path in inside(self.noise)]
+        noisy = [path.removeprefix(region) for path in inside(self.noise)]
+        trained = [path.removeprefix(region) for path in inside(self.trained_norms)]
         dense = [tuple(path.removeprefix(region) for path in group) for group in self.dense_groups if inside(group)]
-        return (tuple(quantized), tuple(adapters), tuple(norms), tuple(dense))
+        return (tuple(quantized), tuple(adapters), tuple(noisy), tuple(trained), tuple(dense))
 
 
 def make_plan(
@@ -84,6 +90,7 @@ def make_plan(
     *,
     packed: frozenset[str] = frozenset(),
     adapters: Mapping[str, LoraSite] | None = None,
+    trained_norms: Sequence[str] | None = None,
 ) -> Plan:
     """Match the recipe against a model on any device, meta included.
 
@@ -92,9 +99,10 @@ def make_plan(
         recipe: the rules.
         packed: linears that a checkpoint holds packed already; they are sites whatever the rules say.
         adapters: adapters that exist already, in place of those that the lora rules describe.
+        trained_norms: norms that were trained already, in place of those that `trainable_norms` selects.
 
     Raises:
-        RecipeError: a rule selects nothing, or selects what cannot be rewritten.
+        RecipeError: a rule selects nothing, or selects what cannot be rewritten, or norms are trained without adapters.
         FormatError: a selected linear's K is no multiple of 16.
         GraphError: a decoder layer cannot be captured.
     """
@@ -118,6 +126,7 @@ def make_plan(
         lora=lora,
         noise=_noise_sites(facts, recipe),
         dense_groups=_dense_groups(model, facts, quantize),
+        trained_norms=_trained_norms(facts, recipe, lora, trained_norms),
     )
 
 
@@ -235,9 +244,44 @@ def _dense_groups(
 def _noise_sites(facts: Mapping[str, LayerFacts], recipe: Recipe) -> tuple[str, ...]:
     if recipe.noise is None:
         return ()
-    eligible = [norm for layer in facts.values() for norm in layer.norms]
-    matches: Callable[[str], object] = re.compile(recipe.noise.match).fullmatch
+    sites = _matching_norms("noise.match", recipe.noise.match, _feeding_norms(facts))
+    return sites if recipe.noise.enabled else ()
+
+
+def _trained_norms(
+    facts: Mapping[str, LayerFacts], recipe: Recipe, lora: Mapping[str, LoraSite], given: Sequence[str] | None
+) -> tuple[str, ...]:
+    eligible = _feeding_norms(facts)
+    if given is not None:
+        unknown = [path for path in given if path not in eligible]
+        if unknown:
+            raise RecipeError(
+                where=unknown[0],
+                expected="trained weights of norms that feed q/k/v or gate/up",
+                got=f"trained weights of {len(unknown)} modules that are no such norms of this model",
+                do="Load an adapter that was trained on this model.",
+            )
+        return tuple(path for path in eligible if path in given)
+    if recipe.trainable_norms is None:
+        return ()
+    sites = _matching_norms("trainable_norms", recipe.trainable_norms, eligible)
+    if not lora:
+        raise RecipeError(
+            where="trainable_norms",
+            expected="lora rules as well, since norms are saved in the adapter's files",
+            got="a recipe without adapters",
+            do="Add a lora rule, or delete trainable_norms.",
+        )
+    return sites
+
+
+def _feeding_norms(facts: Mapping[str, LayerFacts]) -> list[str]:
+    return [norm for layer in facts.values() for norm in layer.norms]
+
+
+def _matching_norms(where: str, pattern: str, eligible: list[str]) -> tuple[str, ...]:
+    matches: Callable[[str], object] = re.compile(pattern).fullmatch
     sites = tuple(norm for norm in eligible if matches(norm))
     if not sites:
-        _refuse_unused("noise.match", recipe.noise.match, eligible, shadowed=False)
+        _refuse_unused(where, pattern, eligible, shadowed=False)
     return sites

@@ -98,14 +98,14 @@ class NoiseConfig(Part):
     sigma_start: NonNegative = 1e-2
     """Standard deviation at stage 1, in units of the norm weight."""
 
+    schedule: Literal["exponential", "linear", "cosine", "logarithmic"] = "exponential"
+    """How sigma goes from start to end; exponential is geometric (the paper's best, Fig. 9)."""
+
     sigma_end: NonNegative = Field(default=5e-4, validate_default=True)
     """Standard deviation at the last stage, in units of the norm weight."""
 
     stages: Annotated[int, Field(strict=True, ge=2, le=10_000)] = 10
     """Number K of stages, the silent stage 0 included."""
-
-    schedule: Literal["exponential", "linear", "cosine", "logarithmic"] = "exponential"
-    """How sigma goes from start to end; exponential is geometric (the paper's best, Fig. 9)."""
 
     exponent: Literal["released", "paper"] = "released"
     """Which fraction of the way stage k has gone: (k-1)/(K-2), so that the last stage runs at `sigma_end` (the authors'
@@ -123,7 +123,7 @@ class NoiseConfig(Part):
         sigma_start = info.data.get("sigma_start", sigma_end)
         if sigma_end > sigma_start:
             raise ValueError(f"sigma_end <= sigma_start, which is {sigma_start}; {sigma_end}")
-        if sigma_start > 0 and sigma_end == 0:
+        if sigma_start > 0 and sigma_end == 0 and info.data.get("schedule") == "exponential":
             raise ValueError("sigma_end > 0, because an exponential schedule never reaches zero; 0")
         return sigma_end
 
@@ -156,7 +156,7 @@ class TrainConfig(Part):
     """Decay rates of AdamW's first and second moment."""
 
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay of AdamW, on the LoRA matrices only; nothing else is trained."""
+    """Decoupled weight decay of AdamW, on the LoRA matrices only; trained norms get none."""
 
     max_grad_norm: Positive = 0.2
     """The global L2 norm of the gradient is clipped to this."""
@@ -177,16 +177,33 @@ class TrainConfig(Part):
     """The policy ratio is clipped below at `1 - clip_low`."""
 
     clip_high: NonNegative = 0.28
-    """The policy ratio is clipped above at `1 + clip_high` (DAPO's clip-higher keeps rare tokens alive)."""
+    """The policy ratio is clipped above at `1 + clip_high` (DAPO's clip-higher keeps rare tokens alive).
+
+    The defaults are for token ratios: `gspo` wants about 3e-4 and 4e-4, `cispo` a `clip_high` of about 4.
+    """
 
     clip_delta: Annotated[float, Field(strict=True, gt=1, allow_inf_nan=False)] | None = None
-    """Upper bound of the ratio where the advantage is negative, which clipping leaves open; `null` for none."""
+    """Upper bound of the ratio where the advantage is negative, which clipping leaves open; `null` for none.
+
+    Above `1 + clip_high`.
+    """
+
+    @field_validator("clip_delta")
+    @classmethod
+    def _beyond_clip_high(cls, clip_delta: float | None, info: ValidationInfo) -> float | None:
+        highest = 1 + info.data.get("clip_high", 0.0)
+        if clip_delta is not None and clip_delta <= highest:
+            raise ValueError(f"clip_delta > 1 + clip_high, which is {highest:g}; {clip_delta:g}")
+        return clip_delta
 
     kl_weight: NonNegative = 0.0
     """Weight of the KL divergence (k3 estimate) from the policy to the model without its adapter; 0 for none."""
 
+    kl_unbiased: Flag = True
+    """Multiply each token's estimate by its ratio, which makes the gradient that of the KL divergence (TRL 1.16)."""
+
     reward_weight: NonNegative = 1.0
-    """Weight of the policy loss; 0 with `distill_weight` above 0 is distillation alone."""
+    """Weight of the policy loss, its KL term included; 0 with `distill_weight` above 0 is distillation alone."""
 
     distill_weight: NonNegative = 0.0
     """Weight of the KL divergence from the policy to a teacher on the policy's own samples; needs `--teacher`."""
@@ -254,7 +271,7 @@ class TrainConfig(Part):
     micro_batch_tokens: Count = 4096
     """Most tokens (prompt + completion, padding included) in one forward-backward; a longer sequence goes alone.
 
-    The logits dominate: 4096 tokens x 152k vocabulary x 4 bytes = 2.5 GB.
+    Activations of the layers dominate (`recompute` trades them for time); logits are made 128 MiB at a time.
     """
 
     recompute: Flag = False

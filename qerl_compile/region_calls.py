@@ -29,16 +29,20 @@ from torch import Tensor, nn
 
 from qerl_compile.backend import GraphCompiler
 from qerl_compile.isolation import call_region, isolated, mark_dynamic
-from qerl_compile.passes import Adapt, Fuse, LoRA, Noise, Pass, Quantize, Recompute
+from qerl_compile.passes import Adapt, Fuse, LoRA, Noise, Pass, Quantize, Recompute, TrainedNorms
 
 if TYPE_CHECKING:
     from qerl_compile.model import TransformState
 
 
 def passes_for(state: "TransformState") -> list[Pass]:
-    """Return the passes of training graphs in their order: noise → lora → fuse → quantize → recompute."""
+    """Return the passes of training graphs in their order: trained norms → noise → lora → fuse → quantize → recompute.
+
+    Trained norms and recompute are there only if asked for.
+    """
     plan = state.plan
     passes: list[Pass] = [
+        *_trained_norms(state),
         Noise(frozenset(plan.noise)),
         LoRA(plan.lora),
         Fuse(plan.groups),
@@ -48,15 +52,20 @@ def passes_for(state: "TransformState") -> list[Pass]:
 
 
 def rollout_passes_for(state: "TransformState") -> list[Pass]:
-    """Return the passes of rollout graphs in their order: noise → fuse → quantize → adapt."""
+    """Return the passes of rollout graphs in their order: trained norms → noise → fuse → quantize → adapt."""
     plan = state.plan
     groups = (*plan.groups, *plan.dense_groups)
     return [
+        *_trained_norms(state),
         Noise(frozenset(plan.noise)),
         Fuse(groups),
         Quantize(frozenset(plan.quantize), plan.groups),
         Adapt(plan.lora, groups),
     ]
+
+
+def _trained_norms(state: "TransformState") -> list[Pass]:
+    return [TrainedNorms(frozenset(state.plan.trained_norms))] if state.plan.trained_norms else []
 
 
 def named_tensors(model: nn.Module) -> dict[int, str]:

@@ -8,7 +8,8 @@ Everything is checked before the first weight is touched, and weights are freed 
 the old model plus one group. For models that do not fit in memory at all, see `loading.load`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from qerl_compile.errors import ModelError
 from qerl_compile.formats.nvfp4 import check_weight
 from qerl_compile.graph import held_tensor
 from qerl_compile.model import QerlModel, TransformState, become_qerl
+from qerl_compile.passes.trained_norms import norm_weight
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
 
@@ -46,7 +48,7 @@ def transform(
         seed: of the adapters' initial values.
 
     Returns:
-        The same object; only LoRA factors require gradients.
+        The same object; only LoRA factors, and norms that the recipe trains, require gradients.
 
     Raises:
         RecipeError: the recipe is faulty or does not fit the model.
@@ -102,10 +104,35 @@ def resample_noise(model: nn.Module, sigma: float, generator: torch.Generator | 
             noise.zero_()
             continue
         noise.copy_(torch.randn(noise.shape, generator=generator, dtype=torch.float32) * sigma)
-        clean = norm.get_parameter("weight").detach().float()
+        clean = norm_weight(norm)
         squares += ((clean + noise) - clean).square().sum().item()
         count += noise.numel()
     return sites, (squares / count) ** 0.5 if count else 0.0
+
+
+@contextmanager
+def noise_off(model: nn.Module) -> Iterator[None]:
+    """Compute as the clean model inside, bit for bit, and with the very same noise afterwards, also after an error.
+
+    Drawing noise inside, or zeroing it, has no effect on what is restored. Contexts nest.
+
+    Args:
+        model: a transformed model; without noise nothing happens.
+
+    Raises:
+        ModelError: the model is not transformed.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    for path in state_of(model).plan.noise:
+        noise = model.get_submodule(path)._buffers.get("noise")
+        if noise is not None:
+            kept[path] = noise.clone()
+            noise.zero_()
+    try:
+        yield
+    finally:
+        for path, noise in kept.items():
+            model.get_submodule(path).get_buffer("noise").copy_(noise)
 
 
 def state_of(model: nn.Module) -> TransformState:

@@ -21,6 +21,15 @@ def stages(family: str) -> dict[str, str]:
 
 
 @functools.cache
+def trained_norm_stages(family: str) -> dict[str, str]:
+    """The same where the norms are trained too, which adds the stage "trainednorms" after "capture"."""
+    with torch.device("meta"):
+        model = tiny_model(family, layers=1, dtype=torch.bfloat16)
+    recipe = Recipe.named("qerl-nvfp4-aqn").model_copy(update={"trainable_norms": ".*"})
+    return dict(layer_stages(model, recipe))
+
+
+@functools.cache
 def rollout_stages(family: str) -> dict[str, str]:
     """The same for rollout graphs, from "capture" to "adapt"."""
     with torch.device("meta"):
@@ -37,7 +46,7 @@ def rollout_stages(family: str) -> dict[str, str]:
 
 def pass_diff(family: str, name: str) -> str:
     """The unified diff of what one pass did to the layer, without context and line numbers."""
-    texts = rollout_stages(family) if name == "adapt" else stages(family)
+    texts = {"adapt": rollout_stages, "trainednorms": trained_norm_stages}.get(name, stages)(family)
     before = list(texts)[list(texts).index(name) - 1]
     lines = diff(texts[before], texts[name])
     return "".join(f"{'@@' if line.startswith('@@') else line}\n" for line in lines)

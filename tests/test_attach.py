@@ -3,6 +3,7 @@
 import gc
 import itertools
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ PLAN = Plan(
     lora={"q": LoraSite(2, 4.0), "o": LoraSite(3, 1.0)},
     noise=("norm",),
 )
+TRAINED = replace(PLAN, trained_norms=("norm",))
 
 
 class Tiny(nn.Module):
@@ -91,6 +93,30 @@ def test_only_adapters_are_trained():
     model, _ = attached()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"q.lora_A", "q.lora_B", "o.lora_A", "o.lora_B"}
+    model, _ = attached(TRAINED)
+    norms = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - trained
+    assert norms == {"norm.trained_weight"}
+
+
+def test_a_trained_norm_keeps_the_bases_weight_beside_its_own_and_adapters_start_as_without_it():
+    model, _ = attached(TRAINED)
+    assert model.norm.weight.dtype == torch.bfloat16
+    assert torch.equal(model.norm.weight, Tiny().norm.weight)
+    assert model.norm.trained_weight.dtype == torch.float32
+    assert torch.equal(model.norm.trained_weight, model.norm.weight.float())
+    without = bits(attached()[0])
+    assert {name: value for name, value in bits(model).items() if name in without} == without
+
+
+@pytest.mark.parametrize("noise", [(), ("norm",)])
+def test_a_trained_norm_knows_its_module_and_survives_unlinking(noise):
+    model, plan = attached(replace(TRAINED, noise=noise))
+    assert owner_of(model.norm.weight) is model.norm
+    unlink(model, plan)
+    assert owner_of(model.norm.weight) is None
+    assert model.norm.trained_weight.requires_grad
+    link(model, plan)
+    assert owner_of(model.norm.weight) is model.norm
 
 
 def test_adapters_follow_the_seed():

@@ -122,6 +122,34 @@ def test_noise_goes_to_the_norms_that_the_graph_shows():
     assert plan(noise={"match": r".*\.norm2"}).noise == ("layers.0.norm2", "layers.1.norm2")
 
 
+def test_noise_that_is_off_has_no_sites_but_its_rule_must_fit():
+    assert plan(noise={"enabled": False}) == plan()
+    with pytest.raises(RecipeError, match=r"noise\.match"):
+        plan(noise={"enabled": False, "match": "norm1"})
+
+
+LORA = [{"match": r".*\.q", "rank": 2}]
+
+
+def test_norms_are_trained_only_if_a_recipe_says_which():
+    assert plan(lora=LORA, noise={}).trained_norms == ()
+    assert plan(lora=LORA, trainable_norms=r".*\.norm2").trained_norms == ("layers.0.norm2", "layers.1.norm2")
+    assert plan(lora=LORA, trainable_norms=r".*\.norm2").noise == ()
+
+
+def test_norms_that_were_trained_already_take_the_place_of_the_rule():
+    recipe = Recipe.resolve({"lora": LORA, "trainable_norms": r".*\.norm2"})
+    given = make_plan(Tiny(), recipe, trained_norms=["layers.1.norm1", "layers.0.norm2"])
+    assert given.trained_norms == ("layers.0.norm2", "layers.1.norm1")  # in the order of the model
+    with pytest.raises(RecipeError, match=r"layers\.9\.norm1: expected trained weights of norms .* got .* 1 modules"):
+        make_plan(Tiny(), recipe, trained_norms=["layers.0.norm1", "layers.9.norm1"])
+
+
+def test_norms_are_not_trained_without_adapters_to_save_them_with():
+    with pytest.raises(RecipeError, match=r"trainable_norms: expected lora rules as well, .* Add a lora rule"):
+        plan(trainable_norms=".*")
+
+
 @pytest.mark.parametrize(
     "rules, where, words",
     [
@@ -130,6 +158,7 @@ def test_noise_goes_to_the_norms_that_the_graph_shows():
         ({"quantize": [{"match": ".*"}, {"match": "head"}]}, "quantize[1].match", "an earlier rule takes"),
         ({"lora": [{"match": "embed", "rank": 2}]}, "lora[0].match", "'embed'"),
         ({"noise": {"match": "norm1"}}, "noise.match", ".norm1'."),
+        ({"lora": LORA, "trainable_norms": r"layers\.0\.norm"}, "trainable_norms", "such as 'layers.0.norm2'"),
     ],
 )
 def test_a_rule_that_selects_nothing_says_where_and_what_was_near(rules, where, words):
@@ -201,6 +230,8 @@ def test_layers_to_which_the_same_is_done_are_of_one_kind():
         {"lora": [{"match": r"layers\.0\.q", "rank": 2}]},
         {"lora": [{"match": r"layers\.0\.q", "rank": 2}, {"match": r".*\.q", "rank": 3}]},
         {"noise": {"match": r"layers\.0\..*"}},
+        {"lora": LORA, "trainable_norms": r"layers\.0\..*"},
+        {"lora": LORA, "noise": {"match": r"layers\.0\..*"}, "trainable_norms": r"layers\.1\..*"},
     ):
         other = plan(**rules)
         assert other.kind("layers.0") != other.kind("layers.1"), rules
@@ -209,7 +240,7 @@ def test_layers_to_which_the_same_is_done_are_of_one_kind():
 def test_a_path_that_begins_like_a_layer_is_not_inside_it():
     found = Plan(layers=("layers.1",), quantize={"layers.1.q": "nvfp4", "layers.10.q": "nvfp4"})
     assert found.regions() == ("layers.1", "layers.10.q")
-    assert found.kind("layers.1") == (((".q", "nvfp4"),), (), (), ())
+    assert found.kind("layers.1") == (((".q", "nvfp4"),), (), (), (), ())
 
 
 def test_the_group_of_a_lone_site_is_itself():

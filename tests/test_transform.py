@@ -219,8 +219,8 @@ def test_moving_to_another_device_keeps_ghosts_small_and_groups_fused():
     assert gate.fused_packed.shape[0] == gate.weight_packed.shape[0] + up.weight_packed.shape[0]
 
 
-def test_save_pretrained_names_the_exporters():
-    model, _ = transformed("llama", layers=1)
+def test_save_pretrained_of_a_model_without_adapters_names_the_exporters():
+    model, _ = transformed("llama", {"quantize": [{"match": ".*_proj"}]}, layers=1)
     with pytest.raises(ModelError, match=r"qerl_compile.export"):
         model.save_pretrained("anywhere")
 

@@ -32,6 +32,16 @@ def export_command(run: object, *, packed: bool) -> str:
     return _join("export", run, "--target", target, "-o", beside(run, target))
 
 
+def report_command(run: object) -> str:
+    """Return the command that draws a run."""
+    return _join("report", run, "-o", f"{beside(run, 'report')}.html")
+
+
+def eval_command(run: object) -> str:
+    """Return the command that measures a run with several samples per held-out item."""
+    return _join("eval", run, "--samples", 8)
+
+
 def serve_command(target: str, model: object, adapter: object = None, rank: int = 0) -> str:
     """Return the command of the serving engine.
 

@@ -4,6 +4,7 @@ RUN/run.json        model, task, prompt format, versions: what is needed to run 
 RUN/recipe.yaml     the recipe with every override applied
 RUN/metrics.jsonl   one row per step and per evaluation
 RUN/samples.jsonl   the first completions of every evaluation, with their rewards
+RUN/checkpoints/    what `train --resume` goes on from
 RUN/adapter/        the trained adapter, in PEFT format; written last, so a run without it is unfinished
 """
 
@@ -11,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Run:
     question: str | None = None
     assistant_prefix: str | None = None
     inner: str = "inductor"
+    reward_weights: list[float] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     def write(self, directory: Path, recipe: Recipe) -> None:
@@ -47,6 +49,32 @@ class Run:
         text = json.dumps({**asdict(self), "recipe_sha256": recipe.sha256, "versions": versions}, indent=2)
         (directory / "run.json").write_text(text + "\n", encoding="utf-8")
         (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+    def refuse_other(self, directory: Path) -> None:
+        """Refuse to go on in the directory of a run whose task, rewards or prompt are others.
+
+        Raises:
+            CheckpointError: naming the first that differs.
+        """
+        began = Run.read(directory)
+        for name in (
+            "model",
+            "task",
+            "rewards",
+            "reward_weights",
+            "extractor",
+            "system",
+            "question",
+            "assistant_prefix",
+        ):
+            then, now = getattr(began, name), getattr(self, name)
+            if then != now:
+                raise CheckpointError(
+                    where=f"{directory / 'run.json'}: {name}",
+                    expected=f"{then!r}, as the run began",
+                    got=repr(now),
+                    do="Resume with the command that began the run.",
+                )
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
@@ -66,6 +94,7 @@ class Run:
                     got=repr(version),
                     do="Use the qerl-compile that wrote it.",
                 )
+            data.setdefault("reward_weights", [])  # runs before there were any
             return cls(**{key: data[key] for key in cls.__dataclass_fields__})
         except (OSError, ValueError, KeyError, TypeError) as fault:
             raise CheckpointError(
@@ -86,31 +115,47 @@ def is_finished(path: str | Path) -> bool:
     return (Path(path) / "adapter").is_dir()
 
 
-def refuse_output(out: Path) -> None:
+def refuse_output(out: Path, *, resume: bool = False) -> None:
     """Refuse an output directory that exists, before any work starts; nothing in it is touched.
 
+    Args:
+        out: the run's directory.
+        resume: whether a run that was cut off may go on there.
+
     Raises:
-        ExportError: it exists.
+        ExportError: it exists, and not as such a run.
     """
-    if is_run(out) and not is_finished(out):
+    cut_off = is_run(out) and not is_finished(out)
+    if cut_off and resume:
+        return
+    if cut_off:
         raise ExportError(
             where=str(out),
             expected="an output directory that does not exist yet",
             got="a training run that was cut off; its metrics.jsonl is kept",
-            do="Remove it, or choose another name.",
+            do="Add --resume to go on from its last checkpoint, or choose another name.",
         )
     refuse_existing(out)
 
 
 @contextmanager
-def run_directory(out: Path) -> Iterator[Path]:
-    """Make a run directory. If the run fails before its first step it is removed again; later, its metrics stay.
+def run_directory(out: Path, *, first: bool = True) -> Iterator[Path]:
+    """Make a run directory, or take one that was cut off up again.
+
+    If a new run fails before its first step the directory is removed again; later, its metrics stay.
+
+    Args:
+        out: the directory.
+        first: whether this is rank 0; the others make and remove nothing.
 
     Raises:
         ExportError: the directory cannot be made.
     """
+    if not first:
+        yield out
+        return
     try:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=is_run(out))
     except OSError as fault:
         raise ExportError(
             where=str(out),
@@ -125,7 +170,8 @@ def run_directory(out: Path) -> Iterator[Path]:
         if metrics.is_file() and b'"reward"' in metrics.read_bytes():
             from qerl_compile.cli.console import stderr
 
-            stderr().print(f"{out} is unfinished: it has metrics.jsonl, and no adapter", style="yellow", markup=False)
+            text = f"{out} is unfinished: it has metrics.jsonl, and no adapter"
+            stderr().print(f"{text}; the same command with --resume goes on", style="yellow", markup=False)
         else:
             shutil.rmtree(out, ignore_errors=True)
         raise
@@ -157,6 +203,37 @@ def open_model(path: str, *, inner: str = "inductor", device: str | None = None)
     tokenizer = open_tokenizer(run.model)
     model = load(run.model, recipe, adapter=root / "adapter", inner=inner, device=device)
     return model, tokenizer, base_name(run.model)
+
+
+def open_teacher(model: str, like: Any, tokenizer: Any) -> Any:
+    """Load a dense causal LM to distill from, frozen, onto the device of the model `like`.
+
+    Args:
+        model: the teacher's directory or hub id.
+        like: the student.
+        tokenizer: of the student; the teacher's must have the same tokens under the same numbers.
+
+    Raises:
+        CheckpointError: there is none, the directory is hostile or damaged, or its tokens are others.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from qerl_compile.checkpoint_dir import open_checkpoint
+    from qerl_compile.loading import model_directory
+
+    root = model_directory(model)
+    open_checkpoint(root, trust_remote_code=False)
+    theirs, ours = open_tokenizer(model).get_vocab(), tokenizer.get_vocab()
+    if theirs != ours:
+        other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
+        raise CheckpointError(
+            where=f"--teacher {model}: tokenizer",
+            expected=f"the student's tokens, {other!r} as number {ours.get(other)}",
+            got=f"number {theirs.get(other)}",
+            do="Choose a teacher of the same family.",
+        )
+    teacher = AutoModelForCausalLM.from_pretrained(root, dtype="auto", trust_remote_code=False)
+    return teacher.eval().requires_grad_(False).to(next(like.parameters()).device)
 
 
 def open_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:

@@ -1,4 +1,12 @@
-"""`qerl-compile train MODEL --task TASK -o RUN`: the whole of it, from a bf16 checkpoint to a trained adapter."""
+"""`qerl-compile train MODEL --task TASK -o RUN`: the whole of it, from a bf16 checkpoint to a trained adapter.
+
+    torchrun --nproc-per-node N -m qerl_compile train …        the same on N GPUs; rank 0 writes and shows
+    qerl-compile train … -o RUN --resume                       go on from RUN's newest intact checkpoint
+
+SIGTERM ends a run with a checkpoint and exit code 143; the same command with `--resume` goes on from there. Everything
+that can be judged (recipe, task, rewards, templates, tokenizer, sinks) is, before the weights are read and before
+anything is made.
+"""
 
 from pathlib import Path
 from typing import Annotated, cast
@@ -7,53 +15,69 @@ import typer
 
 from qerl_compile.cli.options import Device, Inner, Model, Out, RecipeName, Sets, TrustRemoteCode
 
-Task = Annotated[str, typer.Option(help="rg:NAME[:key=value,…] from reasoning_gym, or FILE.jsonl.")]
-Rewards = Annotated[list[str], typer.Option("--reward", help="answer, gsm8k, or FILE.py:FUNCTION; may be repeated.")]
+Tasks = Annotated[
+    list[str],
+    typer.Option("--task", help="rg:NAME[:key=value,…] from reasoning_gym, or FILE.jsonl; several are a curriculum."),
+]
+AdvanceAt = Annotated[float | None, typer.Option(help="Mean reward from which the next of several tasks begins.")]
+Rewards = Annotated[
+    list[str], typer.Option("--reward", help="answer, gsm8k, math, or FILE.py:FUNCTION; may be repeated.")
+]
+RewardWeights = Annotated[
+    list[float], typer.Option("--reward-weight", help="Factor of each --reward, in their order; default: 1.")
+]
 System = Annotated[str | None, typer.Option(help="System message.")]
 Question = Annotated[str | None, typer.Option(help="Template of the user message, such as 'What is {expression}?'.")]
 Prefix = Annotated[str | None, typer.Option(help="Template that begins the answer, such as '{expression} ='.")]
 Extract = Annotated[str | None, typer.Option(help="final, marked, first_number, last_number or text.")]
 Adapter = Annotated[str | None, typer.Option(help="PEFT adapter directory to go on from.")]
-
-SAMPLES = 8
-"""Completions of each evaluation that are kept; they are of the same questions every time."""
+Teacher = Annotated[str | None, typer.Option(help="Model to distill from, with train.distill_weight above 0.")]
+Track = Annotated[list[str], typer.Option(help="Also log to tensorboard, trackio or wandb; may be repeated.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in OUT, if there is one.")]
 
 
 def train(
     model: Model,
     out: Out,
-    task: Task,
+    task: Tasks,
     recipe: RecipeName = "qerl-nvfp4-aqn",
     set_: Sets = [],  # noqa: B006  # typer wants a list literal
     reward: Rewards = ["answer"],  # noqa: B006
+    reward_weight: RewardWeights = [],  # noqa: B006
+    advance_at: AdvanceAt = None,
     system: System = None,
     question: Question = None,
     assistant_prefix: Prefix = None,
     extract: Extract = None,
     adapter: Adapter = None,
+    teacher: Teacher = None,
+    track: Track = [],  # noqa: B006
+    resume: Resume = False,
     inner: Inner = "inductor",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train adapters with GRPO/DAPO on a 4-bit base, evaluate before and after, write the adapter."""
-    from qerl_compile.cli.console import quiet_libraries, stdout, wrote
-    from qerl_compile.cli.runs import Run, base_name, open_tokenizer, refuse_output, run_directory
+    from qerl_compile.cli.console import quiet_libraries, stderr, stdout, wrote
+    from qerl_compile.cli.runs import Run, base_name, open_teacher, open_tokenizer, refuse_output, run_directory
 
     quiet_libraries()
-    refuse_output(out)
+    refuse_output(out, resume=resume)
     from qerl_compile.adapter_files import write_adapter
     from qerl_compile.cli.hints import export_command
-    from qerl_compile.cli.progress import training_progress
-    from qerl_compile.errors import RecipeError
+    from qerl_compile.cli.recording import first_accuracy, recording
+    from qerl_compile.errors import RecipeError, TaskError
     from qerl_compile.loading import load
     from qerl_compile.recipe import Recipe
+    from qerl_compile.rl import checkpoints
     from qerl_compile.rl.answers import Extractor, default_extractor
-    from qerl_compile.rl.evaluate import Evaluation
-    from qerl_compile.rl.metrics import MetricsWriter
     from qerl_compile.rl.prompts import PromptFormat
-    from qerl_compile.rl.rewards import resolve_rewards
+    from qerl_compile.rl.ranks import Ranks
+    from qerl_compile.rl.rewards import close_rewards, resolve_rewards
+    from qerl_compile.rl.sinks import check_sink
     from qerl_compile.rl.tasks import parse_task
-    from qerl_compile.rl.trainer import Trainer
+    from qerl_compile.rl.tasks.curriculum import join_tasks
+    from qerl_compile.rl.trainer import Stopped, Trainer
 
     rules = Recipe.resolve(recipe).with_overrides(set_)
     if not rules.lora and adapter is None:
@@ -63,44 +87,92 @@ def train(
             got="none",
             do="Add a lora rule, or go on from an adapter with --adapter.",
         )
-    rows = parse_task(task)
+    spec = join_tasks(task, advance_at)
+    rows = parse_task(spec)
     held_out = rows.held_out(rules.train.eval_size)
     extractor = cast(Extractor, extract or default_extractor(assistant_prefix))
-    rewards = resolve_rewards(reward, rows, extractor)
+    for kind in track:
+        check_sink(kind)
     tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
     prompt = PromptFormat(system, question, assistant_prefix, chat=bool(tokenizer.chat_template))
     for row in held_out:
         prompt.encode(tokenizer, row)
-    policy = load(
-        model,
-        rules,
-        inner=inner,
-        device=device,
-        adapter=adapter,
-        seed=rules.train.seed,
-        trust_remote_code=trust_remote_code,
-    )
-    base = base_name(model)
-    with (
-        run_directory(out),
-        MetricsWriter(out / "metrics.jsonl") as metrics,
-        MetricsWriter(out / "samples.jsonl") as samples,
-        training_progress(rules.train.steps) as show,
-    ):
-
-        def report(row: dict[str, float | int]) -> None:
-            metrics.write(row)
-            show(row)
-
-        def record(step: int, evaluation: Evaluation) -> None:
-            for sample in evaluation.samples(SAMPLES):
-                samples.write({"step": step, **sample})
-
+    if reward_weight and len(reward_weight) != len(reward):
+        raise TaskError(
+            where="--reward-weight",
+            expected=f"one for each of the {len(reward)} rewards",
+            got=str(len(reward_weight)),
+            do="Give as many --reward-weight as --reward, or none.",
+        )
+    rewards = resolve_rewards(reward, rows, extractor, timeout=rules.train.reward_timeout)
+    ranks, interrupt = Ranks.join(), checkpoints.Interrupt()
+    try:
+        policy = load(
+            model,
+            rules,
+            inner=inner,
+            device=str(ranks.device) if ranks.device.type == "cuda" else device,
+            adapter=adapter,
+            seed=rules.train.seed,
+            trust_remote_code=trust_remote_code,
+        )
+        base = base_name(model)
         known_as = base if Path(model).is_dir() else model  # a relative path would not survive a change of directory
-        Run(known_as, task, reward, extractor, system, question, assistant_prefix, inner).write(out, rules)
-        trainer = Trainer(policy, tokenizer, rules, rows, rewards, prompt, extractor, report, record)
-        before, after = trainer.train()
-        write_adapter(policy, out / "adapter", base_name=base)
-    stdout().print(f"held-out accuracy  {before.accuracy}  →  {after.accuracy}", highlight=False, markup=False)
+        about = Run(known_as, spec, reward, extractor, system, question, assistant_prefix, inner, reward_weight)
+        identity = checkpoints.identity(policy, rules, base=base, world_size=ranks.size)
+        sink_config = {"recipe": rules.model_dump(mode="json"), "task": spec, "model": known_as}
+        with (
+            run_directory(out, first=ranks.is_first),
+            recording(out, rules.train.steps, track=track, config=sink_config, first=ranks.is_first) as recorder,
+            interrupt,
+        ):
+
+            def save(trainer: Trainer) -> None:
+                if ranks.is_first:
+                    kept = rules.train.checkpoints_kept
+                    checkpoints.save(out, identity, trainer.progress, policy, trainer.optimizer, kept=kept)
+
+            trainer = Trainer(
+                policy,
+                tokenizer,
+                rules,
+                rows,
+                rewards,
+                prompt,
+                extractor,
+                recorder.report,
+                record=recorder.record,
+                teacher=open_teacher(teacher, policy, tokenizer) if teacher else None,
+                ranks=ranks,
+                directory=out,
+                diagnosed=recorder.diagnosed,
+                save=save,
+                stop=lambda: interrupt.requested,
+                reward_weights=reward_weight or None,
+            )
+            found, rejected = checkpoints.latest(out) if resume else (None, [])
+            if found is not None:
+                about.refuse_other(out)
+                notes = [f"passed over: {each.reason}" for each in rejected]
+                changes = checkpoints.version_changes(found.versions)
+                notes += [f"not as when the run began, so bits may differ: {', '.join(changes)}"] if changes else []
+                for note in notes:
+                    stderr().print(note, style="yellow", highlight=False, markup=False)
+                trainer.go_on(checkpoints.restore(found, identity, policy, trainer.optimizer))
+            if ranks.is_first and not (out / "run.json").exists():
+                about.write(out, rules)
+            last = trainer.train()
+            if ranks.is_first:
+                write_adapter(policy, out / "adapter", base_name=base)
+    except Stopped as request:
+        if ranks.is_first:
+            text = f"stopped after step {request.step}, which is saved; the same command with --resume goes on"
+            stderr().print(text, style="yellow", highlight=False, markup=False)
+        raise typer.Exit(interrupt.exit_code or 143) from None  # 143: another rank was asked
+    finally:
+        close_rewards(rewards)
+    if not ranks.is_first:
+        return
+    stdout().print(f"held-out accuracy  {first_accuracy(out)}  →  {last.accuracy}", highlight=False, markup=False)
     what = "adapter/, metrics.jsonl, samples.jsonl, recipe.yaml, run.json"
     wrote(out, what, then=export_command(out, packed=bool(policy.qerl.plan.quantize)))

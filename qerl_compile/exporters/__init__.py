@@ -37,6 +37,7 @@ def export(
     target: str,
     tokenizer: Any = None,
     base_name: str | None = None,
+    norms_in_base: bool = False,
 ) -> None:
     """Write a transformed model for another program.
 
@@ -46,12 +47,15 @@ def export(
         target: "vllm" or "sglang" for the model without its adapter; "peft" for the adapter alone.
         tokenizer: saved beside the weights if given.
         base_name: what the model came from, for the card; default: what `load` or `transform` recorded.
+        norms_in_base: for a model with trained norms: "vllm" and "sglang" write them in the place of the base's, "peft"
+            leaves them out. The two exports then belong together, and vLLM, which refuses norms in an adapter, can
+            serve them.
 
     Raises:
         ExportError: an unknown target, an existing `out_dir`, or a model that cannot be written so.
     """
     check_target(target)
-    TARGETS[target](model, out_dir, tokenizer=tokenizer, base_name=base_name)
+    TARGETS[target](model, out_dir, tokenizer=tokenizer, base_name=base_name, norms_in_base=norms_in_base)
 
 
 def check_target(target: str) -> None:

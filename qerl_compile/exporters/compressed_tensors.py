@@ -12,7 +12,9 @@ already, so exporting them is writing them; the rest is the Hugging Face state_d
   config says, and then fails to multiply it with activations of another dtype.
 
 LoRA factors are not written: an adapter is a file of its own (exporters/peft.py) which engines load on top, because
-merging it into 4-bit weights rounds it away. Noise is not written either; norms are exported clean.
+merging it into 4-bit weights rounds it away. Noise is not written either; norms are exported clean. Norms that were
+trained are part of the adapter, so the base's are written; `norms_in_base` writes the trained ones instead, rounded to
+bfloat16, because vLLM refuses an adapter that brings norms (exporters/peft.py has the same switch).
 
 All checks come before the first byte, and the directory appears whole or not at all (staged_write.py).
 """
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qerl_compile.adapter_files import adapters_of
+from qerl_compile.adapter_files import TRAINED_NORM, adapters_of, trained_norms_of
 from qerl_compile.errors import ExportError, FormatError
 from qerl_compile.exporters.card import Card, provenance, shown_base, write_card
 from qerl_compile.formats.nvfp4 import PackedNVFP4
@@ -52,6 +54,7 @@ def export_compressed_tensors(
     tokenizer: Any = None,
     base_name: str | None = None,
     shard_size_bytes: float = 5e9,
+    norms_in_base: bool = False,
 ) -> None:
     """Write config, safetensors shards, tokenizer and card.
 
@@ -62,6 +65,7 @@ def export_compressed_tensors(
         tokenizer: anything with `save_pretrained`, or None.
         base_name: hub id or path of the base model; default: what `model.qerl` recorded.
         shard_size_bytes: a shard holds at most this many bytes, or one tensor.
+        norms_in_base: write trained norms in the place of the base's, if there are any.
 
     Raises:
         ExportError: nothing is packed, fused partners disagree, NaN or Inf, or `out_dir` exists.
@@ -69,13 +73,13 @@ def export_compressed_tensors(
     refuse_existing(out_dir)
     packed = packed_linears(model)
     _check_fused(model, packed)
-    tensors = exported_tensors(model, packed)
+    tensors = exported_tensors(model, packed, norms_in_base=norms_in_base)
     with staged_directory(out_dir) as stage:
         _write_config(model, packed, stage)
         _write_shards(tensors, stage, int(shard_size_bytes))
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
-        write_card(stage, _card(model, packed, tensors, base_name))
+        write_card(stage, _card(model, packed, tensors, base_name, norms_in_base=norms_in_base))
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedNVFP4]:
@@ -109,15 +113,21 @@ def packed_linears(model: nn.Module) -> dict[str, PackedNVFP4]:
     return packed
 
 
-def exported_tensors(model: nn.Module, packed: Mapping[str, PackedNVFP4]) -> dict[str, Tensor]:
+def exported_tensors(
+    model: nn.Module, packed: Mapping[str, PackedNVFP4], *, norms_in_base: bool = False
+) -> dict[str, Tensor]:
     """Return the tensors of the export, by name, in model order.
 
-    Adapters are left out, a tied tensor appears once, and what is not packed is in bfloat16.
+    Adapters are left out, a tied tensor appears once, and what is not packed is in bfloat16. Trained norms are left out
+    like adapters, or take the place of the base's.
 
     Raises:
         ExportError: NaN or Inf in one of them.
     """
     adapters = {f"{path}.{factor}" for path in adapters_of(model) for factor in ("lora_A", "lora_B")}
+    norms = trained_norms_of(model)
+    adapters |= {f"{path}.{TRAINED_NORM}" for path in norms}
+    served: dict[str, Tensor] = {f"{path}.weight": norms[path] for path in norms} if norms_in_base else {}
     own = {f"{path}.{leaf}" for path in packed for leaf in PACKED_LEAVES}  # checked with the format's invariants
     tied = _is_tied(model)
     tensors: dict[str, Tensor] = {}
@@ -126,7 +136,7 @@ def exported_tensors(model: nn.Module, packed: Mapping[str, PackedNVFP4]) -> dic
         if name in adapters or (tied and id(tensor) in seen):
             continue
         seen.add(id(tensor))
-        tensor = tensor.detach()
+        tensor = served[name].detach() if name in served else tensor.detach()
         if tensor.is_floating_point() and name not in own:
             tensor = tensor.to(DENSE_DTYPE)
         tensors[name] = tensor
@@ -211,7 +221,12 @@ def _write_shards(tensors: Mapping[str, Tensor], stage: Path, shard_size_bytes: 
 
 
 def _card(
-    model: nn.Module, packed: Mapping[str, PackedNVFP4], tensors: Mapping[str, Tensor], base_name: str | None
+    model: nn.Module,
+    packed: Mapping[str, PackedNVFP4],
+    tensors: Mapping[str, Tensor],
+    base_name: str | None,
+    *,
+    norms_in_base: bool,
 ) -> Card:
     base, recipe_yaml = provenance(model, base_name)
     total_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
@@ -228,6 +243,8 @@ def _card(
         if adapters
         else "none"
     )
+    norms = trained_norms_of(model)
+    trained = "included, trained" if norms_in_base else "not included: they are part of the adapter"
     return Card(
         title=f"{shown_base(base) or type(model).__name__}, NVFP4A16",
         summary="Linear weights in NVFP4 (4-bit E2M1, one E4M3 scale per 16 columns, one FP32 scale per matrix); "
@@ -238,6 +255,7 @@ def _card(
             "Dense": "the rest, in bfloat16: embeddings, norms, biases, and the linears under `ignore` in config.json",
             "Size": f"{total_bytes:,} bytes of tensors",
             "Adapter": adapter,
+            **({"Norms": f"{len(norms)} were trained beside the adapter; {trained}"} if norms else {}),
         },
         usage="vllm serve THIS_DIRECTORY",
         base_name=base,

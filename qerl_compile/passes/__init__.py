@@ -1,7 +1,7 @@
 """Graph passes, in the order in which they run.
 
-    training graphs   noise → lora → fuse → quantize → recompute
-    rollout graphs    noise → fuse → quantize → adapt
+    training graphs   trained norms → noise → lora → fuse → quantize → recompute
+    rollout graphs    trained norms → noise → fuse → quantize → adapt
 
 A pass is two things (architecture.md, decision 4): `state`, which says what a module owns afterwards, and `__call__`,
 which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and
@@ -19,7 +19,19 @@ from qerl_compile.passes.lora import LoRA, LoraSite
 from qerl_compile.passes.noise import Noise
 from qerl_compile.passes.quantize import Quantize
 from qerl_compile.passes.recompute import Recompute
+from qerl_compile.passes.trained_norms import TrainedNorms
 
 Pass = Callable[[Program], None]
 
-__all__ = ["Adapt", "FakeQuantize", "Fuse", "LoRA", "LoraSite", "Noise", "Pass", "Quantize", "Recompute"]
+__all__ = [
+    "Adapt",
+    "FakeQuantize",
+    "Fuse",
+    "LoRA",
+    "LoraSite",
+    "Noise",
+    "Pass",
+    "Quantize",
+    "Recompute",
+    "TrainedNorms",
+]

@@ -16,6 +16,8 @@ taken in fp32, and rounded once where the model rounded before. With z = 0 this 
 bf16 numbers is exact in fp32.
 
 The clean weight is never modified; `z` is not in the state_dict; σ = 0 is a zeroed buffer and not another graph.
+Where a norm is trained too (trained_norms.py), w is its trained float32 weight.
+
 What this pass does not do: choose σ (rl/noise_schedule.py) or draw z (`transforming.resample_noise`).
 """
 
@@ -25,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from qerl_compile.graph import Program
+from qerl_compile.passes.trained_norms import LEAF as TRAINED
+from qerl_compile.passes.widen import widen_reads
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Noise:
         """Rewrite every read of a site's weight."""
         for node in list(program.weights()):
             path, _, leaf = str(node.target).rpartition(".")
-            if leaf != "weight" or path not in self.sites:
+            if leaf not in ("weight", TRAINED) or path not in self.sites:
                 continue
             users = list(node.users)
             with program.graph.inserting_after(node):
@@ -51,10 +55,4 @@ class Noise:
                 clean = program.call(torch.ops.aten.to.dtype, node, torch.float32)
             with program.graph.inserting_after(clean):
                 noisy = program.call(torch.add, clean, noise)
-            for user in users:
-                user.replace_input_with(node, noisy)
-                before = user.meta.get("example_value")
-                program.infer(user)
-                if isinstance(before, Tensor) and before.dtype != torch.float32:
-                    with program.replacing(user) as result:
-                        result.append(program.call(torch.ops.aten.to.dtype, user, before.dtype))
+            widen_reads(program, node, users, noisy)

@@ -8,7 +8,8 @@ answers are nearly all right or nearly all wrong).
 
 A group whose rewards are all equal says nothing. It is flagged, its advantages are exactly 0, and
 `frac_reward_zero_std` is the share of such groups: near 1, no training happens, whatever the loss shows. Flags always
-look at the group, also when the batch gives the scale (TRL looks at the batch then and nearly never flags).
+look at the group, also when the batch gives the scale (TRL looks at the batch then and nearly never flags). With
+continuous rewards hardly any group is equal to the last bit: `threshold` flags those that hardly differ.
 
 Rewards that are NaN (no reward function applied) take no part in mean or deviation and get advantage 0. All is
 computed in float64: eight rewards of 0.1 have a deviation of 0 there, and of 1e-9 in float32.
@@ -47,13 +48,16 @@ class Advantages:
         return float(self.zero_std_P.double().mean())
 
 
-def group_advantages(rewards_N: torch.Tensor, group_size: int, scale: ScaleRewards = "group") -> Advantages:
+def group_advantages(
+    rewards_N: torch.Tensor, group_size: int, scale: ScaleRewards = "group", threshold: float = 0.0
+) -> Advantages:
     """Advantages of N = P * group_size completions that stand group after group.
 
     Args:
         rewards_N: float [N], NaN where no reward applies.
         group_size: completions per prompt, at least 2.
         scale: what the centred rewards are divided by.
+        threshold: a group whose deviation is not above this has no signal.
 
     Raises:
         TaskError: N is not a multiple of the group size, the group size is below 2, a reward is infinite, or the
@@ -63,7 +67,7 @@ def group_advantages(rewards_N: torch.Tensor, group_size: int, scale: ScaleRewar
     rewards_PG = rewards_N.double().reshape(-1, group_size)
     present_PG = ~rewards_PG.isnan()
     mean_P, std_P = masked_moments(rewards_PG, present_PG)
-    zero_std_P = torch.isclose(std_P, torch.zeros_like(std_P))
+    zero_std_P = torch.isclose(std_P, torch.zeros_like(std_P)) | (std_P <= threshold)
     centred_PG = torch.where(present_PG & ~zero_std_P[:, None], rewards_PG - mean_P[:, None], 0.0)
     if scale == "group":
         centred_PG = centred_PG / (std_P[:, None] + EPSILON)

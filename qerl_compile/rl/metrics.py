@@ -8,11 +8,12 @@ JSON knows no NaN. A non-finite number becomes null, and its name and value are 
 curve has a gap and the cause can still be read.
 
 A resumed run repeats the steps after its last checkpoint, so a step can occur twice; the later row holds.
+`read_metrics` returns all rows, `latest_rows` those that hold.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -76,6 +77,35 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             got = repr(lines[number - 1][:80])
             raise TaskError(where=f"{path}, line {number}", expected="a JSON object", got=got, do=do)
     return [row for row in rows if row is not None]
+
+
+def latest_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a file without those that a resumed run has written again, in the order of writing.
+
+    Steps never fall within one process, and none of its rows occurs twice. So a row takes the place of every earlier
+    row of a later step, and of an earlier one of its own step and kind: training rows are one kind, those with a name
+    in `eval/` another, and rows with a `prompt` (samples.jsonl) are one kind for each prompt. Rows without a step are
+    left out.
+    """
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        step = row.get("step")
+        if type(step) is not int:
+            continue
+        while kept and kept[-1]["step"] > step:
+            kept.pop()
+        begin = len(kept)
+        while begin and kept[begin - 1]["step"] == step:
+            begin -= 1
+        kept[begin:] = [each for each in kept[begin:] if _kind(each) != _kind(row)]
+        kept.append(dict(row))
+    return kept
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    if "prompt" in row:
+        return f"prompt {row['prompt']}"
+    return "evaluation" if any(name.startswith("eval/") for name in row) else "training"
 
 
 def encode(row: Mapping[str, Any]) -> bytes:

@@ -38,13 +38,23 @@ class Proportion:
     @property
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the 95 % interval."""
-        n, p, zz = self.total, self.rate, Z95 * Z95
-        centre = (p + zz / (2 * n)) / (1 + zz / n)
-        half = Z95 / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-        low = 0.0 if self.correct == 0 else centre - half  # exactly 0 and 1 in arithmetic without rounding
-        high = 1.0 if self.correct == n else centre + half
-        return low, high
+        return wilson(self.rate, self.total)
 
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({self.correct}/{self.total})"
+
+
+def wilson(rate: float, total: int) -> tuple[float, float]:
+    """Lower and upper end of the 95 % interval of a share.
+
+    Args:
+        rate: the share, in [0, 1].
+        total: how many items it is of, at least 1.
+    """
+    n, p, zz = total, rate, Z95 * Z95
+    centre = (p + zz / (2 * n)) / (1 + zz / n)
+    half = Z95 / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    low = 0.0 if p == 0 else centre - half  # exactly 0 and 1 in arithmetic without rounding
+    high = 1.0 if p == 1 else centre + half
+    return low, high

@@ -1,48 +1,62 @@
-"""The loop: noise on, roll out, score, noise off, one update; nothing else.
+"""The loop: noise on, roll out, score, noise off, update; nothing else.
 
     for step in 1..M:
-        z ~ N(0, σ_step²) on every noisy norm                     noise_schedule.py, transform.resample_noise
-        G completions for each of P prompts                       rollout/
-        rewards → group-normalised advantages                     rewards/, advantages.py
+        z ~ N(0, σ_step²) on every noisy norm                     noise_schedule.py, transforming.resample_noise
+        groups of completions, rewards, advantages                collecting.py, rewards/, advantages.py
         z = 0 (unless noise.in_update)                            QeRL, Algorithm 1: the update is of the clean policy
-        DAPO loss over the groups with signal → AdamW on LoRA     policy_batch.py, losses/dapo.py
+        policy loss → AdamW on LoRA                               updating.py, losses/, policy_batch.py
 
-One update per rollout, so the old policy is the current one and every ratio is 1 when its gradient is taken; the
-printed loss is about 0 by construction. Rollout log-probabilities come from the noisy policy, so their difference from
-the trainer's is logged as `sampling/sampling_logp_difference` and not corrected here.
+Rollout log-probabilities come from the noisy policy, so their difference from the trainer's is logged as
+`sampling/…` in every step, and corrected only if the recipe asks for it.
 
-What is counted twice: the number of noisy norms is asserted against the plan at every step, because noise that
+*What is counted twice.* The number of noisy norms is asserted against the plan at every step, because noise that
 silently matched nothing is how the method failed elsewhere (design/method.md, trap 2).
+
+*What a step changes* (adapters, optimizer, position in the task, counters) it changes at its end. A step that is
+abandoned, for want of finite numbers or because somebody wants the run to stop, has not happened: `state` is that of
+the last finished step, and a checkpoint of it goes on bit by bit.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from qerl_compile.errors import ModelError
+from qerl_compile.errors import ModelError, NotFiniteError
 from qerl_compile.recipe import Recipe
-from qerl_compile.rl.advantages import Advantages, group_advantages
 from qerl_compile.rl.answers import Extractor
+from qerl_compile.rl.checkpoints import Progress
+from qerl_compile.rl.collecting import Experience, Round, collect
+from qerl_compile.rl.diagnosis import Diagnosis, Sample, Watch
+from qerl_compile.rl.dump import dump_batch
 from qerl_compile.rl.evaluate import Evaluation, evaluate
-from qerl_compile.rl.learning_rate import learning_rate
-from qerl_compile.rl.losses import TokenCounts, dapo_loss
 from qerl_compile.rl.noise_schedule import NoiseSchedule
-from qerl_compile.rl.policy_batch import MicroBatch, micro_batches, token_logps
+from qerl_compile.rl.parity import check_parity
 from qerl_compile.rl.prompts import PromptFormat, as_completion, end_token_ids, pad_token_id
-from qerl_compile.rl.rewards import RewardFunction, Scores, score
-from qerl_compile.rl.rollout import PagedSampler, Rollout, Rollouts, Sampler, Sampling
+from qerl_compile.rl.ranks import Ranks
+from qerl_compile.rl.rewards import RewardFunction, score
+from qerl_compile.rl.rollout import PagedSampler, Sampler, Sampling
 from qerl_compile.rl.seeds import derive_seed
-from qerl_compile.rl.step_metrics import length_metrics, memory_metrics, mismatch_metrics, reward_metrics
-from qerl_compile.rl.tasks import Row, Task, columns
+from qerl_compile.rl.step_metrics import memory_metrics
+from qerl_compile.rl.tasks import Task, columns
+from qerl_compile.rl.tasks.curriculum import Curriculum
+from qerl_compile.rl.updating import Updater
 from qerl_compile.transforming import resample_noise, state_of
 
 TRAINING_SHARE = 0.5  # of the free memory for the key-value cache: the update needs the other half
 
-Report = Callable[[dict[str, float | int]], None]
+Report = Callable[[dict[str, Any]], None]
+
+
+class Stopped(Exception):
+    """Training was asked to stop; `step` is the last finished one."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step
 
 
 @dataclass
@@ -60,6 +74,13 @@ class Trainer:
         report: receives one row of metrics per step and per evaluation.
         record: receives the step and the whole evaluation, completions included.
         sampler: the rollout engine; None for our own.
+        teacher: for distillation, a causal LM with the model's tokens.
+        ranks: this process among others.
+        directory: where a batch without finite numbers is written to; None for nowhere.
+        diagnosed: receives a diagnosis when learning seems impossible.
+        save: writes a checkpoint of this trainer; called every `checkpoint_every` steps and when the run stops early.
+        stop: whether the run should stop; asked between phases.
+        reward_weights: a factor for each reward function; None for 1.
     """
 
     model: Any
@@ -72,10 +93,18 @@ class Trainer:
     report: Report
     record: Callable[[int, Evaluation], None] | None = None
     sampler: Sampler | None = None
+    teacher: Any = None
+    ranks: Ranks = field(default_factory=Ranks)
+    directory: Path | None = None
+    diagnosed: Callable[[Diagnosis], None] | None = None
+    save: "Callable[[Trainer], None] | None" = None
+    stop: Callable[[], bool] | None = None
+    reward_weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         self.config = self.recipe.train
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = list(trained.values())
         if not self.parameters:
             raise ModelError(
                 where="trainer",
@@ -83,39 +112,69 @@ class Trainer:
                 got="a model in which nothing requires gradients",
                 do="Use a recipe with lora rules.",
             )
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.config.learning_rate,
-            betas=self.config.betas,
-            weight_decay=self.config.weight_decay,
-        )
-        noise = self.recipe.noise
-        silent = noise is None or noise.sigma_start == 0
-        self.schedule = (
-            None
-            if noise is None or silent
-            else NoiseSchedule(self.config.steps, noise.stages, noise.sigma_start, noise.sigma_end)
-        )
+        if self.config.distill_weight and self.teacher is None:
+            raise ModelError(
+                where="train.distill_weight",
+                expected="a teacher, since the weight is above 0",
+                got="none",
+                do="Pass --teacher MODEL, or set train.distill_weight=0.",
+            )
+        self.ranks.share(self.config.prompts_per_step)
+        self.optimizer = self._optimizer(trained)
+        self.schedule = NoiseSchedule.of(self.recipe.noise, self.config.steps)
         self.noise_sites = len(state_of(self.model).plan.noise)
         self.held_out = self.task.held_out(self.config.eval_size)
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config)
         self.pad_id = pad_token_id(self.tokenizer, self.model.generation_config)
-        self.seen_tokens = 0
+        self.progress = Progress(step=0, cursor=0, seen_tokens=0)
+        self.watch = Watch(self.extractor)
         gib = self.config.rollout_memory_gib
         budget_bytes = None if gib is None else int(gib * 2**30)
         self.engine = self.sampler or PagedSampler(
             self.model, rows=self.config.rollout_batch, budget_bytes=budget_bytes, share=TRAINING_SHARE
         )
+        self.updater = Updater(
+            self.model, self.parameters, self.optimizer, self.config, self.pad_id, self.ranks, self.teacher
+        )
 
-    def train(self) -> tuple[Evaluation, Evaluation]:
-        """Run all steps; return the evaluations before and after."""
-        before = latest = self.evaluate(0)
-        for step in range(1, self.config.steps + 1):
+    def _optimizer(self, trained: dict[str, Any]) -> torch.optim.Optimizer:
+        """Return AdamW; weight decay pulls factors of LoRA towards zero, and must not pull norm weights there."""
+        factors = [p for name, p in trained.items() if name.rpartition(".")[2] in ("lora_A", "lora_B")]
+        norms = [p for name, p in trained.items() if name.rpartition(".")[2] not in ("lora_A", "lora_B")]
+        groups = [{"params": factors}, {"params": norms, "weight_decay": 0.0}]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.config.learning_rate,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+        )
+
+    def go_on(self, progress: Progress) -> None:
+        """Take up a run where a checkpoint left it; model and optimizer are restored already."""
+        self.progress = progress
+        if isinstance(self.task, Curriculum):
+            self.task.restore(progress.stage, progress.extra["rewards"])
+
+    def train(self) -> Evaluation:
+        """Run all steps that are left; return the last evaluation.
+
+        Raises:
+            Stopped: `stop` said so; a checkpoint was saved.
+            ModelError: rollouts and trainer are not the same policy, or too many steps in a row had no finite numbers.
+        """
+        latest = None
+        if self.progress.step == 0:
+            latest = self.evaluate(0)
+            self.report({"step": 0, **self.check_parity()})
+        while self.progress.step < self.config.steps:
+            step = self.progress.step + 1
             self.report(self.step(step))
+            if self.config.checkpoint_every and step % self.config.checkpoint_every == 0:
+                self._save()
             every = self.config.eval_every
             if step == self.config.steps or (every and step % every == 0):
                 latest = self.evaluate(step)
-        return before, latest
+        return latest or self.evaluate(self.progress.step)
 
     def evaluate(self, step: int) -> Evaluation:
         """Evaluate on the held-out items with the noise off, and report it."""
@@ -129,40 +188,80 @@ class Trainer:
             self.record(step, result)
         return result
 
-    def step(self, step: int) -> dict[str, float | int]:
-        """Run one step (1-based) and return its metrics under TRL's names."""
-        start = time.perf_counter()
-        rows = self._rows(step)
-        noise = self._add_noise(step)
-        rollouts = self._roll_out(step, rows)
-        rolled_out = time.perf_counter()
-        scores = self._score(rows, rollouts)
-        advantages = group_advantages(scores.total_N, self.config.group_size)
-        if self.recipe.noise is None or not self.recipe.noise.in_update:
-            resample_noise(self.model, 0.0)
-        update = self._update(step, rollouts, advantages)
-        done = time.perf_counter()
-        lengths_N = torch.tensor([len(r.completion_ids) for r in rollouts])
-        sampled = int(lengths_N.sum())
-        self.seen_tokens += sampled + sum(len(r.prompt_ids) for r in rollouts)
-        return {
-            "step": step,
-            **update,
-            **reward_metrics(scores, advantages),
-            **length_metrics(lengths_N, torch.tensor([r.ended for r in rollouts])),
-            **noise,
-            **rollouts.metrics,
-            "num_tokens": self.seen_tokens,
-            "rollout/tokens_per_s": sampled / (rolled_out - start),
-            "time/rollout": rolled_out - start,
-            "time/update": done - rolled_out,
-            "step_time": done - start,
-            **memory_metrics(self.parameters[0].device),
-        }
+    def check_parity(self) -> dict[str, float]:
+        """Compare rollouts with the trainer's log-probabilities, without noise; see `parity.py`."""
+        resample_noise(self.model, 0.0)
+        prompts = [self.prompt.encode(self.tokenizer, row).ids for row in self.held_out]
+        return check_parity(
+            self.model,
+            self.engine,
+            prompts,
+            self._sampling(self.config.temperature, (self.config.seed, "parity")),
+            limit=self.config.parity_limit,
+            max_tokens=self.config.micro_batch_tokens,
+            device=self.parameters[0].device,
+        )
 
-    def _rows(self, step: int) -> list[Row]:
-        count = self.config.prompts_per_step
-        return self.task.train_rows(derive_seed(self.config.seed, "train"), (step - 1) * count, count)
+    def step(self, step: int) -> dict[str, Any]:
+        """Run one step (1-based) and return its metrics under TRL's names.
+
+        Raises:
+            Stopped: between its phases; nothing of the step remains.
+            ModelError: it is one too many without finite numbers.
+        """
+        start = time.perf_counter()
+        experience, finite = None, False
+        row: dict[str, Any] = {"step": step, **self._add_noise(step)}
+        try:
+            experience = self._collect(step)
+            rolled_out = time.perf_counter()
+            self._check_stop()
+            if self.recipe.noise is None or not self.recipe.noise.in_update:
+                resample_noise(self.model, 0.0)
+            update = self.updater.update(step, experience)
+            finite = update.finite
+            row |= {**update.metrics, **experience.metrics, **self._times(start, rolled_out, experience)}
+        except NotFiniteError as fault:
+            row["update/fault"] = str(fault)
+        self._finish(step, row, experience, finite)
+        if experience is not None and not self.config.distill_weight:  # a teacher teaches without rewards
+            self._diagnose(row, experience)
+        self._check_stop()
+        return row
+
+    def _collect(self, step: int) -> Experience:
+        seed, stream = self.config.seed, derive_seed(self.config.seed, "train")
+
+        def play(positions: range, first: int) -> Round:
+            rows = [self.task.train_row(stream, position) for position in positions]
+            prompts = [self.prompt.encode(self.tokenizer, row).ids for row in rows]
+            params = self._sampling(self.config.temperature, (seed, "rollout", step), first)
+            fault = None
+            try:
+                rollouts = self.engine.generate(prompts, self.config.group_size, params)
+            except NotFiniteError as error:
+                fault, rollouts = error, None
+            if self.ranks.any(fault is not None) or rollouts is None:  # or the other ranks would wait for this one
+                raise fault or NotFiniteError(
+                    where=f"step {step}",
+                    expected="finite numbers on every rank",
+                    got="none on another",
+                    do="See there.",
+                )
+            repeated = [row for row in rows for _ in range(self.config.group_size)]
+            ids = [list(rollout.completion_ids) for rollout in rollouts]
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            scores = score(
+                self.rewards,
+                prompts=[row["prompt"] for row in repeated],
+                completions=[as_completion(row, text) for row, text in zip(repeated, texts, strict=True)],
+                completion_ids=ids,
+                columns=columns(repeated),
+                weights=self.reward_weights,
+            )
+            return Round(rows, rollouts, texts, scores)
+
+        return collect(play, self.config, self.ranks, self.progress.cursor)
 
     def _add_noise(self, step: int) -> dict[str, float | int]:
         if self.schedule is None:
@@ -179,83 +278,61 @@ class Trainer:
             )
         return {"noise/sigma": sigma, "noise/rms": rms, "noise/sites": sites}
 
-    def _roll_out(self, step: int, rows: Sequence[Row]) -> Rollouts:
-        prompts = [self.prompt.encode(self.tokenizer, row).ids for row in rows]
-        params = self._sampling(self.config.temperature, (self.config.seed, "rollout", step))
-        return self.engine.generate(prompts, self.config.group_size, params)
-
-    def _sampling(self, temperature: float, seed: tuple[int | str, ...] = ()) -> Sampling:
-        return Sampling(self.config.max_new_tokens, self.end_ids, self.pad_id, temperature, seed=seed)
-
-    def _score(self, rows: Sequence[Row], rollouts: Sequence[Rollout]) -> Scores:
-        repeated = [row for row in rows for _ in range(self.config.group_size)]
-        ids = [list(rollout.completion_ids) for rollout in rollouts]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return score(
-            self.rewards,
-            prompts=[row["prompt"] for row in repeated],
-            completions=[as_completion(row, text) for row, text in zip(repeated, texts, strict=True)],
-            completion_ids=ids,
-            columns=columns(repeated),
+    def _sampling(self, temperature: float, seed: tuple[int | str, ...] = (), first: int = 0) -> Sampling:
+        return Sampling(
+            self.config.max_new_tokens, self.end_ids, self.pad_id, temperature, seed=seed, first_prompt=first
         )
 
-    def _update(self, step: int, rollouts: Sequence[Rollout], advantages: Advantages) -> dict[str, float | int]:
-        """Take one optimizer step over the groups with signal.
-
-        Without any, or with a gradient that is not finite, adapters and optimizer stay as they are.
-        """
-        config = self.config
-        step_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-        rate = learning_rate(config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batches = micro_batches(
-            rollouts,
-            advantages.advantages_N,
-            max_tokens=config.micro_batch_tokens,
-            pad_id=self.pad_id,
-            device=self.parameters[0].device,
-        )
-        parts = [self._backward(batch, step_tokens) for batch in batches]
-        if not parts:
-            return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": rate, "update/rows": 0}
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        if bool(grad_norm.isfinite()):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        flat = [torch.cat([part.flat[name] for part in parts])[None] for name in ("logp", "sampling_logp", "entropy")]
+    def _times(self, start: float, rolled_out: float, experience: Experience) -> dict[str, float | int]:
+        done = time.perf_counter()
+        rollout, update = rolled_out - start, done - rolled_out
+        trained_tokens = experience.sampled_tokens + experience.prompt_tokens
         return {
-            "loss": sum(part.loss for part in parts),
-            "grad_norm": float(grad_norm),
-            "learning_rate": rate,
-            "entropy": float(flat[2].mean()),
-            **TokenCounts.total(part.counts for part in parts).metrics(),
-            **mismatch_metrics(flat[0], flat[1], torch.ones_like(flat[0], dtype=torch.bool)),
-            "update/rows": sum(part.rows for part in parts),
+            "num_tokens": self.progress.seen_tokens + trained_tokens,
+            "rollout/tokens_per_s": experience.sampled_tokens / rollout,
+            "update/tokens_per_s": trained_tokens / update,
+            "time/rollout": rollout,
+            "time/update": update,
+            "step_time": done - start,
+            **memory_metrics(self.parameters[0].device),
         }
 
-    def _backward(self, batch: MicroBatch, step_tokens: int) -> "_Part":
-        logp_BC, entropy_BC = token_logps(self.model, batch, self.config.temperature)
-        result = dapo_loss(
-            logp_BC,
-            None,
-            batch.advantages_B,
-            batch.mask_BC,
-            step_tokens,
-            epsilon_low=self.config.clip_low,
-            epsilon_high=self.config.clip_high,
-        )
-        result.loss.backward()
-        kept = {"logp": logp_BC.detach(), "sampling_logp": batch.sampling_logp_BC, "entropy": entropy_BC}
-        flat = {name: values_BC[batch.mask_BC] for name, values_BC in kept.items()}
-        return _Part(result.loss.item(), result.counts, flat, len(batch.ids_BS))
+    def _finish(self, step: int, row: dict[str, Any], experience: Experience | None, finite: bool) -> None:
+        """Move the run past the step; stop the run if steps without finite numbers do not end."""
+        progress, prompts = self.progress, self.config.prompts_per_step
+        cursor = progress.cursor + prompts if experience is None else experience.cursor
+        bad = 0 if finite else progress.bad_steps + 1
+        row["update/bad_steps"] = bad
+        if bad >= self.config.max_bad_steps:
+            dump = dump_batch(self.directory, step, self.ranks.rank, row, experience) if self.directory else None
+            raise ModelError(
+                where=f"step {step}",
+                expected="finite loss, log-probabilities and gradient",
+                got=f"NaN or Inf in {bad} steps in a row, none of which changed a parameter",
+                do=f"Look into the last batch, {dump}." if dump else "Lower train.learning_rate.",
+            )
+        seen = row.get("num_tokens", progress.seen_tokens)
+        stage, extra = 0, {}
+        if isinstance(self.task, Curriculum):
+            row |= self.task.observe(row)
+            stage, extra = self.task.stage, {"rewards": self.task.rewards}
+        self.progress = Progress(step=step, cursor=cursor, seen_tokens=seen, bad_steps=bad, stage=stage, extra=extra)
 
+    def _diagnose(self, row: dict[str, Any], experience: Experience) -> None:
+        samples = [
+            Sample(str(each["prompt"]), text, None if reward != reward else reward, each.get("answer"))
+            for each, text, reward in zip(experience.rows, experience.texts, experience.rewards_N.tolist(), strict=True)
+        ]
+        found = self.watch(row, samples)
+        if found is not None and self.diagnosed is not None:
+            self.diagnosed(found)
 
-@dataclass(frozen=True)
-class _Part:
-    """What is kept of a micro-batch: its loss, clip counts, per-token values of its completions, number of rows."""
+    def _check_stop(self) -> None:
+        if self.stop is not None and self.ranks.any(self.stop()):
+            resample_noise(self.model, 0.0)
+            self._save()
+            raise Stopped(self.progress.step)
 
-    loss: float
-    counts: TokenCounts
-    flat: dict[str, torch.Tensor]
-    rows: int
+    def _save(self) -> None:
+        if self.save is not None:
+            self.save(self)

@@ -38,7 +38,6 @@ def low(completion_ids, **_):
 def fails_at_step_2(completions, **_):
     marker = pathlib.Path(__file__).parent / "called"
     if marker.exists():
-        marker.unlink()
         raise RuntimeError("the reward broke")
     marker.touch()
     return [float(i) for i in range(len(completions))]

@@ -1,9 +1,13 @@
 import json
+import os
+import shutil
+import signal
 
 import pytest
 import yaml
 
 from qerl_compile.rl.metrics import read_metrics
+from qerl_compile.rl.trainer import Trainer
 from tests.cli.conftest import command, next_command, refusal, succeed, tiny
 
 
@@ -77,9 +81,12 @@ def test_training_goes_on_from_an_adapter(run, world, tmp_path):
 
 def test_a_run_that_fails_later_keeps_its_metrics_and_says_that_it_is_unfinished(world, tmp_path):
     out = tmp_path / "run"
+    (world / "called").unlink(missing_ok=True)
     failed = command(*train(world, out, reward="fails_at_step_2"))
-    assert isinstance(failed.fault, RuntimeError)  # a defect of the user's code keeps its traceback
-    assert f"{out} is unfinished: it has metrics.jsonl, and no adapter" in failed.text
+    assert failed.code == 2
+    assert "the reward broke" in failed.text
+    unfinished = f"{out} is unfinished: it has metrics.jsonl, and no adapter; the same command with --resume goes on"
+    assert unfinished in failed.text
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     assert "got a training run that was cut off; its metrics.jsonl is kept" in refusal(*train(world, out))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
@@ -123,3 +130,55 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_made(words, message, w
     given = [word for word in given if word not in ("--reward", f"{world}/rewards.py:low")]
     assert message in refusal(*given, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def adapter_bytes(run):
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_that_was_stopped_goes_on_bit_by_bit_and_its_report_of_the_start_stays(world, tmp_path, monkeypatch):
+    settings = {"train__steps": 4, "train__eval_every": 0, "train__checkpoint_every": 3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    straight = succeed(*train(world, whole, **settings))
+    trained = Trainer.step
+
+    def terminated(self, step):
+        if step == 2:  # the signal comes while step 2 runs, which is then abandoned or finished, and saved
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trained(self, step)
+
+    monkeypatch.setattr(Trainer, "step", terminated)
+    stopped = command(*train(world, parts, **settings))
+    assert stopped.code == 143
+    assert "stopped after step 1, which is saved; the same command with --resume goes on" in stopped.text
+    assert not (parts / "adapter").exists()
+    monkeypatch.setattr(Trainer, "step", trained)
+    resumed = succeed(*train(world, parts, "--resume", **settings))
+    assert adapter_bytes(parts) == adapter_bytes(whole)
+    accuracies = [next(line for line in text.splitlines() if "→" in line) for text in (straight, resumed)]
+    assert accuracies[0] == accuracies[1]
+    rewards = [
+        [row["reward"] for row in read_metrics(path / "metrics.jsonl") if "reward" in row] for path in (whole, parts)
+    ]
+    assert rewards[0] == rewards[1]
+    assert "got an existing one" in refusal(*train(world, parts, "--resume", **settings))  # it is finished
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_another_recipe_is_refused(world, tmp_path):
+    settings = {"train__steps": 3, "train__eval_every": 0, "train__checkpoint_every": 1}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    for path in (whole, out):
+        succeed(*train(world, path, **settings))
+    shutil.rmtree(out / "adapter")
+    kept = sorted(entry.name for entry in (out / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000003"]
+    text = command(*train(world, out, "--resume", **{**settings, "train__learning_rate": 0.5})).text
+    assert "recipe: train.learning_rate: expected train.learning_rate = 0.1; got train.learning_rate = 0.5" in text
+    text = command(*train(world, out, "--resume", "--system", "Add.", **settings)).text
+    assert "run.json: system: expected None, as the run began; got 'Add.'" in text
+    newest = out / "checkpoints" / "step-000003" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    text = succeed(*train(world, out, "--resume", **settings))
+    assert "passed over:" in text
+    assert "optimizer.safetensors" in text
+    assert adapter_bytes(out) == adapter_bytes(whole)

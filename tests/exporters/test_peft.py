@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qerl_compile.adapter_files import adapters_of, write_adapter
+from qerl_compile.adapter_files import adapter_tensors, adapters_of, norm_name, trained_norms_of, write_adapter
 from qerl_compile.adapter_reading import read_adapter
 from qerl_compile.errors import CheckpointError, ExportError
 from qerl_compile.exporters import export
+from qerl_compile.passes import TrainedNorms
 
 SITES = {
     "uniform": dict.fromkeys(("q_proj", "v_proj", "down_proj"), (4, 8)),
@@ -26,6 +27,16 @@ def merged(model: nn.Module, dense: nn.Module) -> nn.Module:
             weight = dense.get_submodule(path).weight
             weight += (adapter.b_NR @ adapter.a_RK * (adapter.alpha / adapter.rank)).to(weight.dtype)
     return dense
+
+
+def train_norms(model: nn.Module, *ends: str) -> dict[str, nn.Parameter]:
+    """Give the norms whose paths end so trained weights away from the base's."""
+    generator = torch.Generator().manual_seed(7)
+    for path, module in model.named_modules():
+        if path.endswith(ends):
+            TrainedNorms.state(module, module.weight)
+            module.trained_weight.data.add_(0.2 * torch.randn(module.weight.shape, generator=generator))
+    return trained_norms_of(model)
 
 
 def zeroed(model: nn.Module) -> nn.Module:
@@ -163,6 +174,149 @@ def test_a_pattern_with_wildcards_is_matched_as_peft_does(adapted, tmp_path):
     for path, adapter in adapters_of(model).items():
         factor = {"model.layers.0.self_attn.q_proj": 2.0, "model.layers.1.self_attn.q_proj": 3.0}.get(path, 1.0)
         assert torch.equal(adapters_of(other)[path].b_NR, adapter.b_NR * factor)
+
+
+NORMS = {
+    "both of every layer": (("layernorm",), ["input_layernorm", "post_attention_layernorm"]),
+    "one of every layer": (("input_layernorm",), ["input_layernorm"]),
+    "one of one layer": (("1.input_layernorm",), ["model.layers.1.input_layernorm"]),
+    "the last, whose name ends those of others": (("model.norm",), ["model.norm"]),
+}
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_peft_on_the_base_puts_trained_norms_in_their_place(norms, state, adapted, input_ids_BT, tmp_path):
+    from peft import PeftModel
+
+    ends, names = NORMS[norms]
+    model, base = adapted(), state.tiny_model("qwen2", dtype=torch.float32)
+    trained = train_norms(model, *ends)
+    write_adapter(model, tmp_path / "adapter", base_name="org/base")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["modules_to_save"] == names
+    expected = merged(model, state.tiny_model("qwen2", dtype=torch.float32))
+    without = state.tiny_model("qwen2", dtype=torch.float32)
+    with torch.no_grad():
+        lora_only = merged(model, without)(input_ids=input_ids_BT).logits
+        for path, weight in trained.items():
+            expected.get_submodule(path).weight.copy_(weight)
+        peft = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+        theirs, ours = peft(input_ids=input_ids_BT).logits, expected(input_ids=input_ids_BT).logits
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-6)
+    assert (theirs - lora_only).abs().max() > 1e-2
+    held = {name for name, _ in peft.named_parameters() if "modules_to_save" in name}
+    assert held == {f"base_model.model.{path}.modules_to_save.default.weight" for path in trained}
+
+
+def test_peft_rounds_trained_norms_to_the_dtype_of_a_bf16_base(state, input_ids_BT, tmp_path):
+    from peft import PeftModel
+
+    model = state.tiny_model("llama")
+    state.add_lora(model, SITES["uniform"])
+    trained = train_norms(model, "layernorm")
+    write_adapter(model, tmp_path / "adapter", base_name="org/base")
+    peft = PeftModel.from_pretrained(state.tiny_model("llama"), str(tmp_path / "adapter")).eval()
+    for path, weight in trained.items():
+        held = peft.get_parameter(f"base_model.model.{path}.modules_to_save.default.weight")
+        assert torch.equal(held, weight.bfloat16())
+    with torch.no_grad():
+        assert peft(input_ids=input_ids_BT).logits.isfinite().all()
+
+
+def test_norms_are_whole_float32_tensors_under_the_names_of_peft_and_read_back_bit_for_bit(adapted, tmp_path):
+    model, other = adapted(), zeroed(adapted())
+    trained = train_norms(model, "layernorm")
+    train_norms(other, "layernorm")
+    for weight in trained_norms_of(other).values():
+        weight.data.zero_()
+    write_adapter(model, tmp_path / "adapter", base_name="org/base")
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(tensors) == 2 * 6 + 4
+    for path, weight in trained.items():
+        assert norm_name(path) == f"base_model.model.{path}.weight"
+        assert tensors[norm_name(path)].dtype == torch.float32
+        assert torch.equal(tensors[norm_name(path)], weight)
+    read_adapter(other, tmp_path / "adapter")
+    for path, weight in trained.items():
+        assert torch.equal(trained_norms_of(other)[path], weight)
+
+
+def test_norms_saved_by_peft_itself_are_read(state, adapted, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = state.tiny_model("qwen2", dtype=torch.float32)
+    saved = ["input_layernorm", "post_attention_layernorm"]
+    targets = ["q_proj", "v_proj", "down_proj"]
+    peft = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=saved))
+    with torch.no_grad():
+        for index, parameter in enumerate(p for name, p in peft.named_parameters() if "modules_to_save" in name):
+            parameter.fill_(index + 1.5)
+    peft.save_pretrained(tmp_path / "adapter")
+    model = adapted()
+    trained = train_norms(model, "layernorm")
+    read_adapter(model, tmp_path / "adapter")
+    assert [weight.mean().item() for weight in trained.values()] == [1.5, 2.5, 3.5, 4.5]
+
+
+def test_norms_may_be_left_out_for_engines_that_refuse_them(adapted, tmp_path):
+    model = adapted()
+    train_norms(model, "layernorm")
+    write_adapter(model, tmp_path / "plain", base_name="org/base", norms=False)
+    write_adapter(adapted(), tmp_path / "never", base_name="org/base")
+    for file in (tmp_path / "never").iterdir():
+        assert (tmp_path / "plain" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_diverged_norm_is_not_written(adapted, tmp_path):
+    model = adapted()
+    train_norms(model, "layernorm")["model.layers.1.input_layernorm"].data[3] = float("nan")
+    with pytest.raises(
+        ExportError, match=r"model\.layers\.1\.input_layernorm\.trained_weight: expected finite numbers"
+    ):
+        write_adapter(model, tmp_path / "adapter", base_name="org/base")
+    assert len(adapter_tensors(model, norms=False)) == 2 * 6
+
+
+N0 = norm_name("model.layers.0.input_layernorm")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(N0), r"expected every tensor of the model; got 1 missing: '.*0\.input_layernorm\.weight'"),
+        (lambda t: t.update({norm_name("model.norm"): torch.ones(64)}), r"got 1 extra: .*model\.norm\.weight"),
+        (lambda t: t.update({N0: torch.ones(32)}), r"0\.input_layernorm\.weight': expected shape \[64\]; got \[32\]"),
+        (lambda t: t.update({N0: torch.ones(64, dtype=torch.int8)}), r"expected F32, BF16 or F16; got I8"),
+        (lambda t: t[N0][5].fill_(float("inf")), r"0\.input_layernorm\.weight.*inf at \[5\]"),
+    ],
+)
+def test_norms_that_do_not_fit_are_refused_by_name(change, message, adapted, tmp_path):
+    model = adapted()
+    train_norms(model, "layernorm")
+    write_adapter(model, tmp_path / "adapter", base_name="org/base")
+    edit_tensors(tmp_path / "adapter", change)
+    refused_without_a_change(model, tmp_path / "adapter", message)
+
+
+def test_norms_for_a_model_that_trains_none_are_refused(adapted, tmp_path):
+    model = adapted()
+    train_norms(model, "layernorm")
+    write_adapter(model, tmp_path / "adapter", base_name="org/base")
+    message = r"modules_to_save: expected an adapter without it; got \['input_layernorm', .* trainable_norms"
+    refused_without_a_change(adapted(), tmp_path / "adapter", message)
+
+
+def test_the_card_of_an_adapter_with_norms_says_where_they_are(adapted, state, tmp_path):
+    model = adapted()
+    train_norms(model, "layernorm")
+    state.record(model)
+    export(model, tmp_path / "with", target="peft")
+    export(model, tmp_path / "without", target="peft", norms_in_base=True)
+    text = (tmp_path / "with/README.md").read_text()
+    assert "| Trained norms | 4, here, as whole tensors" in text
+    assert "vllm serve" not in text  # it would refuse the adapter
+    text = (tmp_path / "without/README.md").read_text()
+    assert "| Trained norms | 4, in the base that was exported with the trained norms" in text
+    assert "vllm serve BASE_WITH_TRAINED_NORMS --enable-lora" in text
 
 
 def edit_config(directory, **changes):

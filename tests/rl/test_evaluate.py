@@ -1,10 +1,18 @@
-"""Evaluation: greedy, without noise, judged by the task, with what the model wrote kept for reading."""
+"""Evaluation: greedy or sampled, without noise, with adapters, judged by the task, and kept for reading."""
 
 import pytest
 import torch
 
-from qerl_compile.errors import TaskError
-from qerl_compile.rl.evaluate import Evaluation, evaluate
+from qerl_compile.adapters_off import adapters_off
+from qerl_compile.errors import ModelError, TaskError
+from qerl_compile.rl.evaluate import (
+    Evaluation,
+    SampledEvaluation,
+    check_evaluated,
+    evaluate,
+    evaluate_sampled,
+    largest_update,
+)
 from qerl_compile.rl.prompts import PromptFormat
 from qerl_compile.rl.proportions import Proportion
 from qerl_compile.rl.rollout import PagedSampler, Rollout, Sampling
@@ -12,6 +20,7 @@ from qerl_compile.transforming import resample_noise
 from tests.rl.toy import COLOURS, Echo, toy_recipe, toy_trainer, words
 
 GREEDY = Sampling(max_new_tokens=3, end_ids=(1,), pad_id=0, temperature=0.0)
+DRAWN = Sampling(max_new_tokens=3, end_ids=(1,), pad_id=0, temperature=1.0, seed=(0, "evaluation"))
 
 
 class Judged(Echo):
@@ -35,6 +44,13 @@ def model():
 def run(model, task, rows=None, prompt=None):
     rows = task.held_out() if rows is None else rows
     return evaluate(model, PagedSampler(model), words(), task, rows, prompt or PromptFormat(), "text", GREEDY)
+
+
+def draw(model, task, samples, sampling=DRAWN):
+    prompt = PromptFormat()
+    return evaluate_sampled(
+        model, PagedSampler(model), words(), task, task.held_out(), prompt, "text", sampling, samples
+    )
 
 
 def test_answers_are_counted_by_the_tasks_judge(model):
@@ -98,11 +114,104 @@ def test_samples_are_the_first_rows_with_prompt_completion_and_reward():
     assert result.samples(9)[1] == {"prompt": "q", "completion": "b", "reward": None}
 
 
-def test_what_is_evaluated_is_the_model_with_its_adapter():
-    trainer, _ = toy_trainer(toy_recipe(train__steps=12))
-    before, after = trainer.train()
+def test_what_is_evaluated_is_the_model_with_its_adapter(model):
+    """Trap 3 of the released code: an adapter that changes the model's first token changes the evaluation's."""
+    model.load_state_dict(model.fresh_state)
+    before = run(model, Echo())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for path in model.qerl.plan.lora:
+            lora_b = model.get_submodule(path).lora_B
+            lora_b.copy_(torch.randn(lora_b.shape, generator=generator))
+    after = run(model, Echo())
+    for row, rollout in zip(Echo().held_out(), after.rollouts, strict=True):
+        ids = words()(row["prompt"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert rollout.completion_ids[0] == int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+    model.load_state_dict(model.fresh_state)
     assert before.completions != after.completions
-    assert (
-        run(trainer.model, Echo(), rows=trainer.held_out).rollouts[0].completion_ids[0]
-        == (after.rollouts[0].completion_ids[0])
-    )
+    assert run(model, Echo()) == before
+
+
+def test_samples_are_counted_for_the_item_they_answer(model):
+    """The judge says red and grey are right whatever was written: 3 of 3 for the first and last item, else none."""
+    result = draw(model, Judged(right=("red", "grey"), broken=("blue",)), 3)
+    assert result.right_I == (3, 0, 0, 3)
+    assert result.rewards == (*[1.0] * 3, *[0.0] * 3, *[None] * 3, *[1.0] * 3)
+    assert result.average.value == 0.5
+    assert [rollout.prompt_ids for rollout in result.rollouts[:3]] == [result.rollouts[0].prompt_ids] * 3
+    assert len(result.completions) == len(result.rollouts) == 12
+    assert len(result.prompts) == 4
+
+
+def test_samples_differ_repeat_with_their_seed_and_change_with_another(model):
+    first, again = (draw(model, Echo(), 8) for _ in range(2))
+    assert first == again
+    assert len(set(first.completions[:8])) > 1
+    other = Sampling(max_new_tokens=3, end_ids=(1,), pad_id=0, temperature=1.0, seed=(1, "evaluation"))
+    assert draw(model, Echo(), 8, other).completions != first.completions
+
+
+def test_sampled_metrics_by_hand():
+    """Items with 4, 1 and 0 right of 4: avg@4 = 5/12, pass@2 = (1 + 1/2 + 0) / 3."""
+    rewards = (1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, None, 0.0, 0.0, 0.0, 0.0)
+    rollouts = tuple(Rollout((5,), (7,) * length, (0.0,) * length, True) for length in (1, 2, 3) * 4)
+    result = SampledEvaluation(4, ("a", "b", "c"), ("x",) * 12, rewards, rollouts)
+    metrics = result.metrics((1, 2))
+    assert metrics["eval/avg@4"] == metrics["eval/pass@1"] == pytest.approx(5 / 12)
+    assert metrics["eval/pass@2"] == pytest.approx(0.5)
+    assert metrics["eval/sampled_mean_length"] == 2
+    assert metrics.keys() == {
+        *(f"eval/{name}{end}" for name in ("avg@4", "pass@1", "pass@2") for end in ("", "_low", "_high")),
+        "eval/sampled_mean_length",
+    }
+    assert metrics["eval/pass@2_low"] < 0.5 < metrics["eval/pass@2_high"]
+
+
+def test_temperatures_that_contradict_the_evaluation_are_refused(model):
+    with pytest.raises(ValueError, match="expected temperature 0, got 1"):
+        evaluate(model, PagedSampler(model), words(), Echo(), Echo().held_out(), PromptFormat(), "text", DRAWN)
+    with pytest.raises(ValueError, match="expected a temperature above 0"):
+        draw(model, Echo(), 4, GREEDY)
+    with pytest.raises(ValueError, match="at least one sample"):
+        draw(model, Echo(), 0)
+
+
+def test_a_model_without_its_adapter_is_not_evaluated(model):
+    with adapters_off(model), pytest.raises(ModelError, match=r"adapters on.*got one inside adapters_off"):
+        run(model, Echo())
+    with adapters_off(model), pytest.raises(ModelError, match="adapters on"):
+        draw(model, Echo(), 2)
+    run(model, Echo())
+
+
+def test_noise_that_is_still_there_is_named_with_its_norm(model):
+    resample_noise(model, 0.0)
+    check_evaluated(model)
+    last = model.qerl.plan.noise[-1]
+    noise = model.get_submodule(last).noise
+    noise[5] = -0.25
+    with pytest.raises(ModelError, match=rf"{last}: expected a norm whose noise is 0.*noise up to 0\.25"):
+        check_evaluated(model)
+    resample_noise(model, 0.0)
+
+
+def test_a_norm_that_lost_its_noise_buffer_is_named(model):
+    """Trap 2 of the released code, turned round: what cannot be silenced must not be taken for silent."""
+    norm = model.get_submodule(model.qerl.plan.noise[0])
+    kept = norm._buffers.pop("noise")
+    try:
+        with pytest.raises(ModelError, match="got no noise buffer"):
+            check_evaluated(model)
+    finally:
+        norm._buffers["noise"] = kept
+
+
+def test_the_largest_update_is_zero_until_an_adapter_changes_something(model):
+    model.load_state_dict(model.fresh_state)
+    assert largest_update(model) == 0
+    site = model.get_submodule(next(iter(model.qerl.plan.lora)))
+    with torch.no_grad():
+        site.lora_B[0, 0] = -0.5
+    assert largest_update(model) == 0.5
+    model.load_state_dict(model.fresh_state)

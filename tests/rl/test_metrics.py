@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qerl_compile.errors import TaskError
-from qerl_compile.rl.metrics import MetricsWriter, decode, encode, read_metrics
+from qerl_compile.rl.metrics import MetricsWriter, decode, encode, latest_rows, read_metrics
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 
@@ -103,6 +103,53 @@ def test_a_short_write_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(writer, "_file", type("Full", (), {"write": lambda self, line: len(line) - 1})())
     with pytest.raises(OSError, match="not written whole"):
         writer.write({"step": 1})
+
+
+def train_row(step, note):
+    return {"step": step, "reward": 0.5, "note": note}
+
+
+def eval_row(step, note):
+    return {"step": step, "eval/accuracy": 0.5, "note": note}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "want"),
+    [
+        # killed two steps after the checkpoint of step 2
+        ([1, 2, 3, 4], [3, 4, 5], {1: "old", 2: "old", 3: "new", 4: "new", 5: "new"}),
+        # killed one step after it
+        ([1, 2, 3], [3, 4], {1: "old", 2: "old", 3: "new", 4: "new"}),
+        # killed again before it came as far as the first time: what is not written again is not there
+        ([1, 2, 3, 4, 5], [3], {1: "old", 2: "old", 3: "new"}),
+        # stopped by SIGTERM, so that nothing is repeated
+        ([1, 2, 3], [4], {1: "old", 2: "old", 3: "old", 4: "new"}),
+    ],
+)
+def test_of_a_step_that_was_repeated_the_later_row_holds(tmp_path: Path, old: list, new: list, want: dict) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for note, steps in (("old", old), ("new", new)):
+        with MetricsWriter(path) as writer:
+            for step in steps:
+                writer.write(train_row(step, note))
+    rows = latest_rows(read_metrics(path))
+    assert {row["step"]: row["note"] for row in rows} == want
+    assert len(rows) == len(want)
+
+
+def test_training_rows_evaluations_and_samples_of_a_step_do_not_replace_each_other() -> None:
+    once = [eval_row(0, "a"), train_row(1, "a"), train_row(2, "a"), eval_row(2, "a")]
+    assert latest_rows(once) == once
+    again = [*once, eval_row(2, "b"), train_row(3, "b")]  # a checkpoint of step 2 whose evaluation is done again
+    assert latest_rows(again) == [*once[:3], eval_row(2, "b"), train_row(3, "b")]
+    samples = [{"step": step, "prompt": prompt, "note": "a"} for step in (0, 5) for prompt in ("p", "q")]
+    assert latest_rows(samples) == samples
+    repeated = [{**row, "note": "b"} for row in samples[2:]]
+    assert latest_rows([*samples, *repeated]) == [*samples[:2], *repeated]
+
+
+def test_a_row_without_a_step_is_left_out() -> None:
+    assert latest_rows([{"note": 1}, train_row(1, "a"), {"step": True}, {"step": "1"}]) == [train_row(1, "a")]
 
 
 KILLED = """

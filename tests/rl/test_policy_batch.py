@@ -1,14 +1,15 @@
 """Rows as tensors, and that neither cutting them nor leaving rows without signal out changes loss or gradient."""
 
-import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qerl_compile.rl.losses import dapo_loss
-from qerl_compile.rl.policy_batch import MicroBatch, micro_batches, token_logps
+from qerl_compile.errors import ModelError
+from qerl_compile.rl.losses import LOSSES, LossInputs, LossOptions, StepTotals
+from qerl_compile.rl.policy_batch import micro_batches, split
 from qerl_compile.rl.rollout import Rollout
+from qerl_compile.rl.token_logps import token_logps
 from tests.models import tiny_model
 
 CPU = torch.device("cpu")
@@ -24,8 +25,8 @@ ADVANTAGES_N = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.7, -0.7])
 STEP_TOKENS = sum(len(rollout.completion_ids) for rollout in ROLLOUTS)
 
 
-def cut(max_tokens, rollouts=ROLLOUTS, advantages_N=ADVANTAGES_N):
-    return list(micro_batches(rollouts, advantages_N, max_tokens=max_tokens, pad_id=0, device=CPU))
+def cut(max_tokens, rollouts=ROLLOUTS, advantages_N=ADVANTAGES_N, **options):
+    return list(micro_batches(rollouts, advantages_N, max_tokens=max_tokens, pad_id=0, device=CPU, **options))
 
 
 def rows_of(batch):
@@ -53,6 +54,8 @@ def test_prompts_are_padded_on_the_left_and_completions_on_the_right():
     assert batch.mask_BC.tolist() == [[True] * 5, [True] + [False] * 4, [True] * 3 + [False] * 2]
     assert batch.sampling_logp_BC[1].tolist() == [-0.5, 0.0, 0.0, 0.0, 0.0]
     assert batch.advantages_B.tolist() == [0.5, -1.0, 1.0]
+    assert batch.rows == (2, 1, 0)
+    assert batch.old_logp_BC is batch.reference_logp_BC is None
 
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 12, 15, 30, 10_000])
@@ -76,6 +79,40 @@ def test_no_signal_makes_no_batch():
     assert cut(100, advantages_N=torch.zeros(6)) == []
 
 
+@pytest.mark.parametrize("max_tokens", [1, 12, 10_000])
+@pytest.mark.parametrize("every_row, want", [(False, [0, 1, 4, 5]), (True, [0, 1, 2, 3, 4, 5])])
+def test_rows_say_which_rollouts_a_batch_holds(max_tokens, every_row, want):
+    batches = cut(max_tokens, every_row=every_row)
+    for batch in batches:
+        for row, (prompt, completion, _, advantage) in zip(batch.rows, rows_of(batch), strict=True):
+            assert (prompt, completion) == (ROLLOUTS[row].prompt_ids, ROLLOUTS[row].completion_ids)
+            assert advantage == ADVANTAGES_N[row].item()
+    assert sorted(row for batch in batches for row in batch.rows) == want
+
+
+def test_halves_hold_every_row_once_with_all_that_was_kept_of_it():
+    (batch,) = cut(10_000, advantages_N=torch.tensor([1.0, -1.0, 0.5, 0.2, 0.7, 0.0]))
+    batch = replace(batch, old_logp_BC=batch.sampling_logp_BC * 2, reference_logp_BC=batch.sampling_logp_BC * 3)
+    halves = split(batch)
+    assert [len(half.ids_BS) for half in halves] == [3, 2]
+    assert [row for half in halves for row in rows_of(half)] == list(rows_of(batch))
+    assert halves[0].rows + halves[1].rows == batch.rows
+    for half in halves:
+        assert torch.equal(half.old_logp_BC, half.sampling_logp_BC * 2)
+        assert torch.equal(half.reference_logp_BC, half.sampling_logp_BC * 3)
+        assert half.old_logp_BC.data_ptr() in {batch.old_logp_BC.data_ptr(), batch.old_logp_BC[3:].data_ptr()}
+
+
+def test_what_nobody_asked_for_stays_out_of_halves():
+    assert [half.old_logp_BC for half in split(cut(10_000)[0])] == [None, None]
+
+
+def test_a_single_row_cannot_be_halved():
+    (batch,) = cut(10_000, advantages_N=torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0]))
+    with pytest.raises(ModelError, match=r"rollout 2: expected at least two rows.*got one row of 6 tokens\. Set"):
+        split(batch)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("llama", layers=1)
@@ -87,7 +124,8 @@ def loss_and_gradient(model, batches):
     total = 0.0
     for batch in batches:
         logp_BC, _ = token_logps(model, batch, 0.9)
-        part = dapo_loss(logp_BC, None, batch.advantages_B, batch.mask_BC, STEP_TOKENS)
+        inputs = LossInputs(logp_BC, None, batch.advantages_B, batch.mask_BC)
+        part = LOSSES["dapo"](inputs, StepTotals(STEP_TOKENS, 1, 1, 1), LossOptions())
         part.loss.backward()
         total += part.loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -102,15 +140,19 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(model, max_tokens):
     torch.testing.assert_close(cut_gradient, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_halves_give_loss_and_gradient_of_the_whole(model):
+    (batch,) = cut(10_000)
+    loss, gradient = loss_and_gradient(model, [batch])
+    half_loss, half_gradient = loss_and_gradient(model, split(batch))
+    assert half_loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(half_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_leaving_rows_without_signal_out_changes_neither_loss_nor_gradient(model):
-    few = cut(10_000)
-    (everything,) = cut(10_000, advantages_N=torch.where(ADVANTAGES_N == 0, 1e-30, ADVANTAGES_N))
-    advantages_B = torch.where(everything.advantages_B.abs() < 1e-20, 0.0, everything.advantages_B)
-    everything = MicroBatch(**{**vars(everything), "advantages_B": advantages_B})
-    assert (sum(len(batch.ids_BS) for batch in few), len(everything.ids_BS)) == (4, 6)
-    assert int((advantages_B == 0).sum()) == 2
+    few, everything = cut(10_000), cut(10_000, every_row=True)
+    assert [sum(len(batch.ids_BS) for batch in batches) for batches in (few, everything)] == [4, 6]
     loss, gradient = loss_and_gradient(model, few)
-    full_loss, full_gradient = loss_and_gradient(model, [everything])
+    full_loss, full_gradient = loss_and_gradient(model, everything)
     assert full_loss == pytest.approx(loss, abs=1e-6)
     torch.testing.assert_close(full_gradient, gradient, rtol=1e-4, atol=1e-6)
 
@@ -128,42 +170,3 @@ def test_log_probabilities_equal_those_of_full_logits_of_each_row_alone(model):
         torch.testing.assert_close(logp_BC[row][batch.mask_BC[row]], mine, rtol=0, atol=1e-5)
         entropy = torch.distributions.Categorical(logits=want).entropy()
         torch.testing.assert_close(entropy_BC[row][batch.mask_BC[row]], entropy, rtol=0, atol=1e-5)
-
-
-def test_only_the_logits_of_completions_are_asked_for(model):
-    (batch,) = cut(10_000)
-    seen = []
-    hook = model.register_forward_hook(lambda _, __, output: seen.append(tuple(output.logits.shape)))
-    with torch.no_grad():
-        token_logps(model, batch, 1.0)
-    hook.remove()
-    rows, columns = batch.mask_BC.shape
-    assert seen == [(rows, columns + 1, 128)]
-
-
-@pytest.mark.parametrize(
-    "logits, temperature, entropy",
-    [
-        ([0.0, 0.0, 0.0, 0.0], 1.0, math.log(4)),
-        ([math.log(2), 0.0, 0.0, -math.inf], 1.0, 1.5 * math.log(2)),  # probabilities 1/2, 1/4, 1/4, 0
-        ([2 * math.log(2), 0.0, 0.0, -math.inf], 2.0, 1.5 * math.log(2)),
-        ([0.0, -math.inf, -math.inf, -math.inf], 1.0, 0.0),
-    ],
-)
-def test_entropy_is_that_of_the_tempered_distribution_in_nats(logits, temperature, entropy):
-    batch = next(micro_batches([Rollout((1,), (0,), (0.0,), True)], torch.ones(1), max_tokens=9, pad_id=0, device=CPU))
-    output = SimpleNamespace(logits=torch.tensor(logits).expand(1, 2, 4))
-    logp_BC, entropy_BC = token_logps(lambda **_: output, batch, temperature)
-    assert entropy_BC.tolist() == [[pytest.approx(entropy, abs=1e-6)]]
-    assert not entropy_BC.requires_grad
-    assert logp_BC.tolist() == [[pytest.approx(torch.tensor(logits).div(temperature).log_softmax(0)[0].item())]]
-
-
-def test_positions_given_to_the_model_are_those_of_each_row_alone(model):
-    (batch,) = cut(10_000, ROLLOUTS[:3], torch.tensor([1.0, -1.0, 0.5]))
-    seen = []
-    hook = model.register_forward_pre_hook(lambda _, __, given: seen.append(given["position_ids"]), with_kwargs=True)
-    with torch.no_grad():
-        token_logps(model, batch, 1.0)
-    hook.remove()
-    assert seen[0][batch.attention_BS.bool()].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]

@@ -2,11 +2,24 @@ import asyncio
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from qerl_compile.errors import TaskError
-from qerl_compile.rl.rewards import AnswerReward, completion_text, gsm8k, resolve_reward, resolve_rewards, score
+from qerl_compile.rl.advantages import group_advantages
+from qerl_compile.rl.rewards import (
+    AnswerReward,
+    Failure,
+    Outcome,
+    Outcomes,
+    close_rewards,
+    completion_text,
+    gsm8k,
+    resolve_reward,
+    resolve_rewards,
+    score,
+)
 from qerl_compile.rl.tasks import Row, Task, columns
 
 
@@ -96,7 +109,79 @@ def test_functions_are_called_with_trls_keywords() -> None:
         return [1.0]
 
     score([spy], prompts=["p"], completions=["c"], completion_ids=[[5, 2]], columns={"answer": ["7"], "level": [3]})
+    helpers = {"log_metric": seen.pop("log_metric"), "log_extra": seen.pop("log_extra")}
+    assert all(callable(helper) for helper in helpers.values())
+    assert seen.pop("trainer_state") is None
     assert seen == {"prompts": ["p"], "completions": ["c"], "completion_ids": [[5, 2]], "answer": ["7"], "level": [3]}
+
+
+def test_metrics_that_functions_log_are_averaged_and_extras_kept() -> None:
+    def first(completions, log_metric, log_extra, **kwargs):
+        log_metric("share", 1)
+        log_metric("share", 0.5)
+        log_extra("parsed", ["7", None])
+        log_extra("seen", [{"a"}, 3])
+        return [1.0, 2.0]
+
+    def second(completions, log_metric, **kwargs):
+        log_metric("share", 0.0)
+        log_metric("other", True)
+        return [0.0, 0.0]
+
+    scores = call([first, second])
+    assert scores.metrics == {"share": 0.5, "other": 1.0}
+    assert scores.extras == {"parsed": ["7", None], "seen": ["{'a'}", 3]}
+
+
+def test_an_extra_that_is_not_one_value_per_completion_is_an_error() -> None:
+    def wrong(completions, log_extra, **kwargs):
+        log_extra("parsed", ["7"])
+
+    with pytest.raises(ValueError, match=r"log_extra\('parsed', ...\) needs 2 values, one per completion"):
+        call([wrong])
+
+
+class Judge:
+    """Knows the three outcomes: a score, a timeout, an error, not applicable."""
+
+    __name__ = "judge"
+
+    def __init__(self, *each: Outcome) -> None:
+        self.each = each
+
+    def outcomes(self, count: int, given: dict) -> Outcomes:
+        return Outcomes(self.each, repeats=2)
+
+
+RIGHT, LATE, BROKEN = Outcome("score", 1.0), Outcome("timeout", message="no"), Outcome("error", message="oh")
+
+
+def test_a_timeout_or_an_error_makes_the_total_nan_and_is_counted_and_none_does_neither() -> None:
+    scores = call([Judge(RIGHT, LATE, BROKEN, Outcome("score")), constant([0.5] * 4)], count=4)
+    nan = math.nan
+    columns = torch.tensor([[1.0, nan, nan, nan], [0.5] * 4], dtype=torch.float64)
+    torch.testing.assert_close(scores.per_function_NF.T, columns, equal_nan=True, rtol=0, atol=0)
+    total = torch.tensor([1.5, nan, nan, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(scores.total_N, total, equal_nan=True, rtol=0, atol=0)
+    assert scores.failures == (Failure("judge", 1, "timeout", "no"), Failure("judge", 2, "error", "oh"))
+    assert [scores.count(name, kind) for name in scores.names for kind in ("timeout", "error")] == [1, 1, 0, 0]
+    assert scores.repeats == {"judge": 2, "constant": 0}
+
+
+def test_a_failed_completion_gets_no_advantage_and_leaves_its_group_alone() -> None:
+    scores = call([Judge(RIGHT, LATE, BROKEN, Outcome("score", 0.0))], count=4)
+    advantages = group_advantages(scores.total_N, 4)
+    assert advantages.advantages_N.tolist() == pytest.approx([0.5 / (0.5**0.5 + 1e-4), 0, 0, -0.5 / (0.5**0.5 + 1e-4)])
+    assert advantages.group_mean_P.tolist() == [0.5]
+
+
+def test_a_function_that_fails_on_every_completion_is_an_error_that_names_it() -> None:
+    with pytest.raises(
+        TaskError, match=r"reward function judge: .*; got 1 timeouts and 1 errors; the first: no"
+    ) as raised:
+        call([constant([1.0, 1.0]), Judge(LATE, BROKEN)])
+    assert "train.reward_timeout" in raised.value.do
+    assert call([Judge(LATE, Outcome("score"))]).total_N.isnan().all()
 
 
 def test_scores_are_weighted_and_none_is_left_out() -> None:
@@ -138,11 +223,39 @@ def test_a_bad_return_value_is_an_error_and_never_a_zero(output: object, message
     assert message in str(raised.value)
 
 
-def test_an_async_result_is_refused() -> None:
-    coroutine = asyncio.sleep(0)
-    with pytest.raises(TaskError, match="do not make the function async"):
-        call([constant(coroutine)])
-    coroutine.close()
+async def slow(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [1.0, 0.0]
+
+
+def test_an_async_function_is_awaited_also_inside_a_running_loop() -> None:
+    assert call([slow]).total_N.tolist() == [1.0, 0.0]
+
+    async def notebook():
+        return call([slow, constant([1.0, 1.0])])
+
+    assert asyncio.run(notebook()).total_N.tolist() == [2.0, 1.0]
+
+
+def test_an_exception_of_an_async_function_comes_through() -> None:
+    async def mine(**kwargs):
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError, match="gone"):
+        call([mine])
+
+
+def test_the_numbers_of_numpy_and_torch_are_numbers() -> None:
+    values = [np.float32(0.5), np.int64(2), np.bool_(True), torch.tensor(3.0), torch.tensor(1, dtype=torch.int8)]
+    assert call([constant(values)], count=5).total_N.tolist() == [0.5, 2.0, 1.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**5000), np.float32("nan"), torch.tensor(math.inf), 1j, object], ids=list("abcdef")
+)
+def test_numbers_that_are_not_finite_and_other_objects_are_errors(value: object) -> None:
+    with pytest.raises(TaskError, match="completion 1: expected a finite number"):
+        call([constant([1.0, value])])
 
 
 @pytest.mark.parametrize("weights", [[], [1.0, 2.0], [math.nan], [math.inf]])
@@ -178,8 +291,6 @@ def no_kwargs(completions):
 def positional(completions, /, **kwargs):
     return [0.0]
 
-async def slow(completions, **kwargs):
-    return [0.0]
 """
 
 
@@ -187,18 +298,18 @@ def test_a_function_is_loaded_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "my_rewards.py"
     path.write_text(FILE)
     (function,) = resolve_rewards([f"{path}:short"], Exact())
-    assert function(completions=["abc", "abcdefg"], extra=1) == [1.0, 0.0]
+    assert function(completions=["abc", "abcdefg"], extra=[1, 2]) == [1.0, 0.0]
     assert call([function]).names == ("short",)
+    close_rewards([function, gsm8k])
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent", "The file defines Box, short, no_kwargs, positional, slow"),
+        ("absent", "The file defines Box, short, no_kwargs, positional"),
         ("LIMIT", "expected a function; got 5"),
         ("no_kwargs", r"end the parameters with \*\*kwargs"),
         ("positional", r"end the parameters with \*\*kwargs"),
-        ("slow", "not async"),
     ],
 )
 def test_a_file_function_that_cannot_be_called_as_trl_does_is_refused(tmp_path: Path, name: str, message: str) -> None:
@@ -218,7 +329,7 @@ def test_files_that_do_not_load_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["", "answers", "os.system", "file.py", "file.py:", ":f", "file.txt:f"])
 def test_a_reward_is_never_a_dotted_path(spec: str) -> None:
-    with pytest.raises(TaskError, match=r"Choose one of answer, gsm8k, or write FILE\.py:FUNCTION"):
+    with pytest.raises(TaskError, match=r"Choose one of answer, gsm8k, math, or write FILE\.py:FUNCTION"):
         resolve_reward(spec, Exact())
 
 

@@ -17,26 +17,32 @@ from tests.rl.toy import Echo, toy_model, toy_recipe, toy_trainer
 STEPS = 20
 NORMS = [f"model.layers.{layer}.{name}_layernorm" for layer in (0, 1) for name in ("input", "post_attention")]
 EVERY_STEP = {
-    "step", "loss", "grad_norm", "learning_rate", "update/rows", "num_tokens",
+    "step", "loss", "grad_norm", "learning_rate", "update/rows", "update/bad_steps", "num_tokens",
+    "rewards/answer/timeouts", "rewards/answer/errors",
+    "dynamic_sampling/rounds", "dynamic_sampling/groups_with_signal",
     "reward", "reward_std", "frac_reward_zero_std", "rewards/answer/mean", "rewards/answer/std",
     "completions/clipped_ratio",
     "completions/mean_length", "completions/min_length", "completions/max_length",
     "completions/mean_terminated_length", "completions/min_terminated_length", "completions/max_terminated_length",
     "noise/sigma", "noise/rms", "noise/sites",
-    "rollout/tokens_per_s", "time/rollout", "time/update", "step_time", "memory/peak_rss_mib",
+    "rollout/tokens_per_s", "update/tokens_per_s", "time/rollout", "time/update", "step_time", "memory/peak_rss_mib",
     "rollout/decode_steps", "rollout/occupancy", "rollout/prefill_tokens", "rollout/prefill_time", "rollout/time",
     "rollout/cache_bytes",
 }  # fmt: skip
 WITH_SIGNAL = EVERY_STEP | {
     "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+    "sampling/mismatch_kl/k1", "sampling/mismatch_kl/k3", "sampling/corrected_tokens",
+    "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/mean",
+    "sampling/importance_sampling_ratio/max",
 }  # fmt: skip
 EVALUATION = {
     "step", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/items", "eval/mean_length", "eval/time",
 }  # fmt: skip
+PARITY = {"step", "parity/difference_mean", "parity/difference_max"}
 MEASURED = {
-    "rollout/tokens_per_s", "rollout/prefill_time", "rollout/time", "time/rollout", "time/update", "step_time",
-    "memory/peak_rss_mib", "eval/time",
+    "rollout/tokens_per_s", "update/tokens_per_s", "rollout/prefill_time", "rollout/time", "time/rollout",
+    "time/update", "step_time", "memory/peak_rss_mib", "eval/time",
 }  # fmt: skip
 
 
@@ -62,11 +68,11 @@ def watched(model):
     """Yield a list that gets (gradient on, tokens, largest noise) of every forward."""
     seen = []
 
-    def note(module, _, inputs):
-        loudest = max(float(module.get_submodule(path).noise.abs().max()) for path in NORMS)
+    def note_of_backbone(_module, _, inputs):
+        loudest = max(float(model.get_submodule(path).noise.abs().max()) for path in NORMS)
         seen.append((torch.is_grad_enabled(), inputs["input_ids"].numel(), loudest))
 
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(note_of_backbone, with_kwargs=True)
     yield seen
     hook.remove()
 
@@ -86,7 +92,10 @@ def trained():
     trainer, rows = toy_trainer(recipe)
     before = state_of(trainer.model)
     with watched(trainer.model) as seen:
-        evaluations = trainer.train()
+        recorded = []
+        trainer.record = lambda step, evaluation: recorded.append(evaluation)
+        trainer.train()
+        evaluations = (recorded[0], recorded[-1])
     adapters = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     return rows, seen, evaluations, adapters, changed(before, trainer.model)
 
@@ -104,7 +113,9 @@ def test_rows_have_the_names_of_trl(trained):
     rows, *_ = trained
     for row in steps_of(rows):
         assert row.keys() == (WITH_SIGNAL if row["update/rows"] else EVERY_STEP)
-    assert all(row.keys() == EVALUATION for row in rows if "reward" not in row)
+    others = [row for row in rows if "reward" not in row]
+    assert [row.keys() for row in others if "parity/difference_mean" in row] == [PARITY]
+    assert all(row.keys() == EVALUATION for row in others if "eval/accuracy" in row)
 
 
 def test_evaluations_come_before_the_first_step_every_so_many_and_after_the_last(trained):
@@ -141,8 +152,10 @@ def test_noise_is_on_in_rollouts_and_off_in_updates_and_evaluations(trained):
     _, seen, *_ = trained
     assert {loudest for grad, _, loudest in seen if grad} == {0.0}
     silent = [count for grad, count, loudest in seen if not grad and loudest == 0.0]
-    # Four evaluations and the two steps of the silent stage: four prompts of three words, answered by one token.
-    assert silent == [12, 12, 12, 12, 12, 12]
+    # Four evaluations, the parity gate's rollout and the two steps of the silent stage: four prompts of three words,
+    # answered by one token. The gate's own forward has two samples of each prompt with their answers, after a look at
+    # two rows of them, with and without the head.
+    assert sorted(silent) == [8, 8] + [12] * 7 + [32]
     noisy = [loudest for grad, _, loudest in seen if not grad and loudest > 0.0]
     assert len(noisy) == STEPS - 2
     assert noisy[0] > 1e-2 > noisy[-1] > 5e-4
@@ -175,7 +188,8 @@ def test_a_run_repeats_itself_bit_for_bit_and_another_seed_does_not():
     (rows, state), (rows_again, state_again), (rows_other, state_other) = runs
     assert rows == rows_again
     assert all(torch.equal(state[name], state_again[name]) for name in state)
-    assert rows[1]["reward"] != rows_other[1]["reward"] or rows[1]["entropy"] != rows_other[1]["entropy"]
+    first, other = steps_of(rows)[0], steps_of(rows_other)[0]
+    assert first["reward"] != other["reward"] or first["entropy"] != other["entropy"]
     assert any(not torch.equal(state[name], state_other[name]) for name in state)
 
 
@@ -186,9 +200,8 @@ def test_a_step_without_signal_leaves_adapters_and_optimizer_untouched():
     before = state_of(trainer.model)
     row = trainer.step(2)
     assert changed(before, trainer.model) == set()
-    assert row.keys() == EVERY_STEP - {f"rewards/answer/{name}" for name in ("mean", "std")} | {
-        f"rewards/constant/{name}" for name in ("mean", "std")
-    }
+    about = ("mean", "std", "timeouts", "errors")
+    assert row.keys() == EVERY_STEP - {f"rewards/answer/{x}" for x in about} | {f"rewards/constant/{x}" for x in about}
     assert (row["loss"], row["grad_norm"], row["update/rows"], row["frac_reward_zero_std"]) == (0.0, 0.0, 0, 1.0)
     assert rows == []
 
@@ -270,8 +283,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
 def test_whole_evaluations_are_recorded_with_their_step():
     recorded = []
     trainer, _ = toy_trainer(toy_recipe(train__steps=1), record=lambda *given: recorded.append(given))
-    before, after = trainer.train()
-    assert recorded == [(0, before), (1, after)]
+    after = trainer.train()
+    assert [step for step, _ in recorded] == [0, 1]
+    assert recorded[1][1] is after
 
 
 def test_every_step_takes_the_next_prompts_of_the_run():

@@ -2,30 +2,27 @@
 
 Binary on purpose. Partial credit from text overlap is what a policy learns to collect instead of answers, and group
 normalisation needs no more than right and wrong.
+
+Extraction and the comparison of numbers take linear time and at most 400 digits (answers.py), so these functions are
+as safe as their judge. A file's judge is ours too. reasoning_gym's scorers are not: some hand the answer to sympy,
+where `9**9**9` never ends. The registry therefore runs `answer` in a process of its own for those tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qerl_compile.errors import TaskError
 from qerl_compile.rl.answers import Extractor, extract, is_numeric_answer, to_number
-from qerl_compile.rl.tasks.task import Task
-
-Completion = str | list[dict[str, str]]
-
-
-def completion_text(completion: Completion) -> str:
-    """What the model wrote, whether it came as text or as messages."""
-    if isinstance(completion, str):
-        return completion
-    return "".join(message.get("content") or "" for message in completion)
+from qerl_compile.rl.rewards.calling import Completion, completion_text
+from qerl_compile.rl.rewards.outcomes import Outcome, Outcomes
+from qerl_compile.rl.tasks.task import Row, Task
 
 
 class AnswerReward:
     """Extract an answer by one rule and ask the task whether it is right.
 
-    None is returned, instead of a number, where the task's judge failed on an answer; `failures` counts those and
-    `last_failure` keeps the latest.
+    Called as TRL calls, it returns None where the task's judge failed, for TRL knows no errors; `outcomes` tells the
+    two apart. `failures` counts failures and `last_failure` keeps the latest.
 
     Args:
         task: the judge, and the source of the rows.
@@ -41,19 +38,30 @@ class AnswerReward:
 
     def __call__(self, *, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
         """TRL's call: one score per completion, from the columns of the task's rows."""
-        lists = {name: values for name, values in columns.items() if is_column(values, len(completions))}
-        rows = [{name: values[i] for name, values in lists.items()} for i in range(len(completions))]
-        return [self.judge(completion, row) for completion, row in zip(completions, rows, strict=True)]
+        return [
+            outcome.value for outcome in self.outcomes(len(completions), {"completions": completions, **columns}).each
+        ]
 
-    def judge(self, completion: Completion, row: dict[str, Any]) -> float | None:
-        """1.0 right, 0.0 wrong, None when the task's judge failed."""
+    def outcomes(self, count: int, given: Mapping[str, Any]) -> Outcomes:
+        """Score `count` completions; a judge that failed is an error."""
+        lists = {name: values for name, values in given.items() if is_column(values, count)}
+        rows = [{name: values[i] for name, values in lists.items()} for i in range(count)]
+        pairs = zip(given["completions"], rows, strict=True)
+        return Outcomes(tuple(self.outcome(completion, row) for completion, row in pairs))
+
+    def outcome(self, completion: Completion, row: Row) -> Outcome:
+        """Score one completion; `row` needs what the task's judge reads."""
         numeric = is_numeric_answer(row.get("answer"))
         answer = extract(completion_text(completion), self.extractor, numeric=numeric)
         try:
-            return float(self.task.is_correct(answer, row))
+            return Outcome("score", float(self.task.is_correct(answer, row)))
         except TaskError as error:
             self.failures, self.last_failure = self.failures + 1, str(error)
-            return None
+            return Outcome("error", message=str(error))
+
+    def judge(self, completion: Completion, row: Row) -> float | None:
+        """1.0 right, 0.0 wrong, None when the task's judge failed."""
+        return self.outcome(completion, row).value
 
 
 def gsm8k(*, completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any) -> list[float | None]:

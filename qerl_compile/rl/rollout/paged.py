@@ -235,7 +235,8 @@ class _Run:
         lines, device = self.lines, self.lines.token_R.device
         columns = self.params.max_new_tokens
         requests = [start.request for start in starts]
-        uniform_SC = torch.stack([uniform((*self.params.seed, r.prompt, r.sample), columns) for r in requests])
+        seed, first = self.params.seed, self.params.first_prompt
+        uniform_SC = torch.stack([uniform((*seed, first + r.prompt, r.sample), columns) for r in requests])
         width = lines.table_RP.shape[1]
         table_SP = torch.tensor([[*start.pages, *[0] * (width - len(start.pages))] for start in starts])
         at = torch.tensor([start.row for start in starts], device=device)

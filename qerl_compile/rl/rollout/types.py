@@ -10,15 +10,16 @@ Three engines implement it: ours (paged.py), Hugging Face's `generate` (hf.py, t
   are drawn. With top-k, top-p or min-p the tokens come from a truncated distribution, but the recorded numbers stay
   those of the whole one: importance ratios against the trainer would otherwise be off by the kept mass (design/rl.md,
   C5).
-* *Randomness belongs to the sequence.* Sample j of prompt i draws from (params.seed, i, j) and from nothing else (vLLM
-  from its own generator, seeded by the same path; Hugging Face's `generate` from torch's, a batch at a time).
+* *Randomness belongs to the sequence.* Sample j of prompt i, counted from params.first_prompt, draws from (params.seed,
+  i, j) and from nothing else (vLLM from its own generator, seeded by the same path; Hugging Face's `generate` from
+  torch's, a batch at a time).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, overload
 
-from qerl_compile.errors import ModelError
+from qerl_compile.errors import NotFiniteError
 
 Seed = tuple[int | str, ...]
 
@@ -36,6 +37,7 @@ class Sampling:
         top_p: the smallest set of most likely tokens whose probability reaches this may be drawn; 1 for all.
         min_p: tokens at least this times as likely as the likeliest may be drawn; 0 for all.
         seed: path of the run and step; prompt position and sample index are appended.
+        first_prompt: position of the first prompt, where a call gets a part of a step's prompts (ranks, rounds).
     """
 
     max_new_tokens: int
@@ -46,6 +48,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: Seed = ()
+    first_prompt: int = 0
 
     def __post_init__(self) -> None:
         ranges = {
@@ -108,9 +111,9 @@ class Rollouts(Sequence[Rollout]):
         return iter(self.rollouts)
 
 
-def not_finite(where: str) -> ModelError:
+def not_finite(where: str) -> NotFiniteError:
     """What every engine raises where logits that tokens were sampled from are not finite."""
-    return ModelError(
+    return NotFiniteError(
         where=where,
         expected="finite log-probabilities of the sampled tokens",
         got="NaN or Inf, so the model's logits are not finite",

@@ -116,7 +116,7 @@ class VllmSampler:
         adapter, metrics = self.update.push(self.llm)
         outputs = self.llm.generate(
             [self.vllm.TokensPrompt(prompt_token_ids=list(prompts[i])) for i, _ in rows],
-            [self._request(params, derive_seed(*params.seed, i, j)) for i, j in rows],
+            [self._request(params, derive_seed(*params.seed, params.first_prompt + i, j)) for i, j in rows],
             use_tqdm=False,
             lora_request=adapter,
         )

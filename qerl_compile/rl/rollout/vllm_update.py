@@ -1,7 +1,7 @@
 """What vLLM is told before each rollout, so that its copy of the weights is the model that is being trained.
 
     adapter   PEFT files in a directory of their own → LoRARequest with a name and a number never used before
-    norms     clean + z in a safetensors file → `vllm_worker.NormLoader` in every worker
+    norms     clean (or trained) + z in a safetensors file → `vllm_worker.NormLoader` in every worker
     cache     reset_prefix_cache, since its blocks were computed with the old weights
 
 **Why files, and a method called by name.** vLLM offers four ways to its weights (read in 0.10.2, 0.16.0, 0.24.0 and
@@ -16,7 +16,8 @@ that is overwritten in place meets the prefixes of its predecessor (vllm-project
 
 **Noise is rounded here.** vLLM keeps norms in its dtype. In bfloat16, numbers near 1 are 2⁻⁷ apart, and w + z with
 σ = 5e-4 is w again for nearly every element (passes/noise.py). `noise/rms_served` is what vLLM computes with, to be
-compared with `noise/rms`; our own engine adds in float32.
+compared with `noise/rms`; our own engine adds in float32. Trained norms go the same way, and so are rounded too: vLLM
+refuses an adapter that brings norms (lora/peft_helper.py).
 
 **Its base is checked once**, by norms and one packed weight: an adapter fits only the weights it was trained on.
 """
@@ -36,6 +37,8 @@ from torch import Tensor
 from qerl_compile.adapter_files import adapters_of, write_adapter
 from qerl_compile.checkpoint_dir import open_checkpoint
 from qerl_compile.errors import CheckpointError, ModelError
+from qerl_compile.passes.trained_norms import norm_weight
+from qerl_compile.plan import Plan
 from qerl_compile.transforming import state_of
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -57,7 +60,7 @@ class WeightUpdate:
         self, model: Any, base_dir: Path, dtype: torch.dtype, work_dir: str | PathLike[str] | None, workers: int
     ) -> None:
         self.model, self.base_dir, self.dtype, self.workers = model, base_dir, dtype, workers
-        self.sites = state_of(model).plan.noise
+        self.sites = pushed_norms(state_of(model).plan)
         self.count = 0
         self.directory = Path(tempfile.mkdtemp(prefix="qerl-vllm-", dir=work_dir))
         weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
@@ -90,8 +93,8 @@ class WeightUpdate:
         served, squares, elements = {}, 0.0, 0
         for site in self.sites:
             norm = self.model.get_submodule(site)
-            clean = norm.get_parameter("weight").detach().float()
-            noisy = (clean + norm.get_buffer("noise")).to(self.dtype)
+            clean, noise = norm_weight(norm), norm._buffers.get("noise")
+            noisy = (clean if noise is None else clean + noise).to(self.dtype)
             served[f"{site}.weight"] = noisy.cpu().contiguous()
             squares += (noisy.double() - clean.to(self.dtype).double()).square().sum().item()
             elements += noisy.numel()
@@ -115,9 +118,14 @@ class WeightUpdate:
         shutil.rmtree(self.directory / f"adapter-{self.count}", ignore_errors=True)
         self.count += 1
         path = self.directory / f"adapter-{self.count}"
-        write_adapter(self.model, path, base_name=str(self.base_dir))
+        write_adapter(self.model, path, base_name=str(self.base_dir), norms=False)
         name = f"{self.directory.name}-{self.count}"
         return LoRARequest(lora_name=name, lora_int_id=self.count, lora_path=str(path))
+
+
+def pushed_norms(plan: Plan) -> tuple[str, ...]:
+    """Return the norms whose weights change from rollout to rollout: the noisy and the trained."""
+    return tuple(dict.fromkeys([*plan.noise, *plan.trained_norms]))
 
 
 def served_rank(model: Any) -> int:
@@ -155,7 +163,8 @@ def check_base(model: Any, base_dir: Path) -> None:
     from safetensors import safe_open
 
     plan = state_of(model).plan
-    leaves = [(site, "weight") for site in plan.noise] + [(site, "weight_packed") for site in list(plan.quantize)[:1]]
+    packed = list(plan.quantize)[:1]
+    leaves = [(site, "weight") for site in pushed_norms(plan)] + [(site, "weight_packed") for site in packed]
     entries = open_checkpoint(base_dir).tensors
     for site, leaf in leaves:
         name, found = f"{site}.{leaf}", None

@@ -18,6 +18,7 @@ A spec is how a task is written on the command line:
     rg:basic_arithmetic:operators=+|-,held_out=0.3
     train.jsonl
     train.jsonl:held_out=test.jsonl
+    rg:chain_sum:max_digits=1 -> rg:chain_sum:max_digits=2 @0.9        a curriculum (curriculum.py)
 """
 
 import re
@@ -29,6 +30,7 @@ from qerl_compile.errors import TaskError
 from qerl_compile.rl.tasks.options import parse_options
 
 Row = dict[str, Any]
+ARROW = "->"
 FORMS = "Write rg:NAME[:key=value,...] or FILE.jsonl[:held_out=FILE.jsonl]."
 
 
@@ -71,11 +73,15 @@ def parse_task(spec: str) -> Task:
 
     Args:
         spec: `rg:NAME[:k=v,...]` for a reasoning_gym generator, `FILE.jsonl[:k=v,...]` for a file. `held_out` is the
-            share of questions kept for evaluation, or for a file another file.
+            share of questions kept for evaluation, or for a file another file. `A -> B @REWARD` is a curriculum.
 
     Raises:
         TaskError: the form is unknown, a package is missing, or the task itself is unusable.
     """
+    if ARROW in spec:
+        from qerl_compile.rl.tasks.curriculum import Curriculum
+
+        return Curriculum.from_spec(spec)
     if spec.startswith("rg:"):
         from qerl_compile.rl.tasks.reasoning_gym import ReasoningGymTask
 
