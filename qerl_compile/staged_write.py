@@ -54,7 +54,7 @@ def staged_directory(out_dir: str | PathLike[str]) -> Iterator[Path]:
     except BaseException:  # KeyboardInterrupt too: half-written files must not stay
         shutil.rmtree(stage, ignore_errors=True)
         raise
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def refuse_existing(out_dir: str | PathLike[str]) -> None:
@@ -77,11 +77,12 @@ def _sync_tree(root: Path) -> None:
     for directory, _, files in os.walk(root, topdown=False):
         for name in files:
             Path(directory, name).chmod(file_mode)
-            _sync(Path(directory, name))
-        _sync(Path(directory))
+            sync(Path(directory, name))
+        sync(Path(directory))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a directory is on the disk: its bytes, or which names are in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,27 @@
+"""A trainer that was stopped goes on bit by bit; benchmarks/reliability.py does it at ten points of 40 steps."""
+
+import pytest
+
+from tests.rl.checkpoints.training import recipe, seed_of_process, sigterm_often, stopped_after, train
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"train__updates_per_rollout": 2, "train__loss": "gspo"}, {"noise__in_update": True}],
+    ids=["default", "two updates", "noise in the update"],
+)
+def test_a_run_that_is_stopped_at_any_step_ends_like_one_that_is_not(tmp_path, changes):
+    rules = recipe(5, **changes)
+    seed_of_process()
+    straight = train(tmp_path / "straight", rules)
+    steps = [row["step"] for row in straight.rows if "reward" in row]
+    assert steps == [1, 2, 3, 4, 5]
+    for stop in (0, 1, 3, 4):
+        seed_of_process()
+        assert stopped_after(tmp_path / str(stop), rules, stop).differences(straight) == []
+
+
+def test_sigterm_ends_with_143_and_a_checkpoint_from_which_the_run_goes_on(tmp_path):
+    result = sigterm_often(tmp_path, 3, steps=8)
+    assert result.codes == {143: 3}
+    assert result.same_as_uninterrupted == result.runs
