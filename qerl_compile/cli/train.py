@@ -116,6 +116,8 @@ def train(
             seed=rules.train.seed,
             trust_remote_code=trust_remote_code,
         )
+        import peft  # noqa: F401  # seconds, which a save after SIGTERM must not take
+
         base = base_name(model)
         known_as = base if Path(model).is_dir() else model  # a relative path would not survive a change of directory
         about = Run(known_as, spec, reward, extractor, system, question, assistant_prefix, inner, reward_weight)

@@ -15,6 +15,10 @@ from shapes alone (`splits`) and a stretch is ceil(tiles of this row / splits) t
 With more than one, partial (acc, m, l) go to scratch and `_combine` adds them in order. No atomics: runs are equal to
 the last bit, and a row does not depend on its neighbours (but on `splits`, thus on the shape of the batch).
 
+What comes before attention. With a bias, and with cos and sin, the call brings q, k and v as the projections left them.
+Every program adds the bias to its q and rotates it, the one that stores k and v does it to those too, in float32 and
+rounded once (`_finished`). A rotation is a second read of the same cache lines with halves swapped.
+
 Pages. Where a page is a whole number of tiles, a tile has one page number, read one tile ahead. Else every position
 looks its page up, which is slower and right for any page size.
 
@@ -40,12 +44,31 @@ PROGRAMS_PER_SM = 3  # asked of a launch, by splitting; measured on an H100: 8 c
 MOST_SPLITS = 64
 
 
+@triton.jit
+def _finished(x_at, bias_at, cos, sin, d, inside, D: tl.constexpr, BIAS: tl.constexpr, ROTARY: tl.constexpr):
+    """x + bias, then x cos + (-x[D/2:], x[:D/2]) sin, in the dtype of x; the pointers are those of column 0."""
+    x = tl.load(x_at + d, mask=inside, other=0.0)
+    y = x.to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_at + d, mask=inside, other=0.0).to(tl.float32)
+    if ROTARY:
+        swapped = tl.where(d < D // 2, d + D // 2, d - D // 2)
+        turned = tl.load(x_at + swapped, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            turned += tl.load(bias_at + swapped, mask=inside, other=0.0).to(tl.float32)
+        y = y * cos + tl.where(d < D // 2, -turned, turned) * sin
+    return y.to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["stride_table"])
 def _decode(
-    q_ptr, k_ptr, v_ptr, pages_k_ptr, pages_v_ptr, table_ptr, length_ptr, y_ptr, part_ptr,
-    stride_qb, stride_qh, stride_kb, stride_kj, stride_vb, stride_vj, stride_page_k, stride_page_v, stride_table,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, bias_ptr,
+    pages_k_ptr, pages_v_ptr, table_ptr, length_ptr, y_ptr, part_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kj, stride_vb, stride_vj, stride_cos, stride_sin,
+    stride_page_k, stride_page_v, stride_table,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, DEPENDENT: tl.constexpr,
+    SPLIT: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROTARY: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one kv head of one row; SCALE = scaling log2(e)."""
     if DEPENDENT:
@@ -69,15 +92,23 @@ def _decode(
     end = tl.minimum(begin + per, tile_n)
     if split > 0 and begin >= end:
         return
-    q = tl.load(q_ptr + b * stride_qb + (j * G + g)[:, None] * stride_qh + d[None, :], mask=y_in, other=0.0)
+    cos, sin = 0.0, 0.0
+    if ROTARY:
+        cos = tl.load(cos_ptr + b * stride_cos + d, mask=d_in, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + b * stride_sin + d, mask=d_in, other=0.0).to(tl.float32)
+    head = (j * G + g)[:, None]
+    q_at = q_ptr + b * stride_qb + head * stride_qh
+    q = _finished(q_at, bias_ptr + head * D, cos, sin, d[None, :], y_in, D, BIAS, ROTARY)
     m = tl.full((GP,), float("-inf"), tl.float32)
     l = tl.zeros((GP,), tl.float32)  # noqa: E741
     acc = tl.zeros((GP, DP), tl.float32)
     table_at = table_ptr + b * stride_table
     inside_j = j.to(tl.int64) * (PAGE * D)
     if split == 0:
-        k_new = tl.load(k_ptr + b * stride_kb + j * stride_kj + d, mask=d_in, other=0.0)
-        v_new = tl.load(v_ptr + b * stride_vb + j * stride_vj + d, mask=d_in, other=0.0)
+        new_k, bias_k = k_ptr + b * stride_kb + j * stride_kj, bias_ptr + (heads_kv * G + j) * D
+        new_v, bias_v = v_ptr + b * stride_vb + j * stride_vj, bias_ptr + (heads_kv * (G + 1) + j) * D
+        k_new = _finished(new_k, bias_k, cos, sin, d, d_in, D, BIAS, ROTARY)
+        v_new = _finished(new_v, bias_v, cos, sin, d, d_in, D, BIAS, False)
         page = tl.load(table_at + last // PAGE).to(tl.int64)
         at = inside_j + (last % PAGE) * D + d
         tl.store(pages_k_ptr + page * stride_page_k + at, k_new, mask=d_in)
@@ -215,6 +246,9 @@ def decode(
     length_B: Tensor,
     scaling: float,
     window: int,
+    cos_BD: Tensor | None = None,
+    sin_BD: Tensor | None = None,
+    bias_XD: Tensor | None = None,
     *,
     multiprocessors: int,
     choice: dict[str, Any] | None = None,
@@ -231,6 +265,9 @@ def decode(
         length_B: int32 [B].
         scaling: multiplies q . k.
         window: positions seen, 0 for all.
+        cos_BD: [B or 1, D] in the dtype of q, D contiguous and even: rotates q and k; None if they are.
+        sin_BD: as cos_BD.
+        bias_XD: [H + 2 J, D] in the dtype of q, contiguous: added to q, k and v; None if it is.
         multiprocessors: of the device.
         choice: overrides `config` and, by "splits", the number of stretches; for tuning and tests.
 
@@ -248,16 +285,19 @@ def decode(
     group = heads // heads_kv
     padded = triton.next_power_of_2(d)
     y_BHD = torch.empty(rows, heads, d, dtype=q_BHD.dtype, device=q_BHD.device)
+    rotary = cos_BD is not None and sin_BD is not None
+    cos, sin = (cos_BD, sin_BD) if rotary else (q_BHD, q_BHD)
+    bias = q_BHD if bias_XD is None else bias_XD
     launch = prepare(
         _decode, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, DP=padded, PAGE=page, TILE=tile,
-        SPLIT=count > 1, WINDOW=window, SCALE=scaling * math.log2(math.e), DEPENDENT=dependent and count > 1,
-        num_warps=chosen["num_warps"], num_stages=chosen["num_stages"],
+        SPLIT=count > 1, WINDOW=window, SCALE=scaling * math.log2(math.e), BIAS=bias_XD is not None, ROTARY=rotary,
+        DEPENDENT=dependent and count > 1, num_warps=chosen["num_warps"], num_stages=chosen["num_stages"],
     )  # fmt: skip
     strides = (
         q_BHD.stride(0), q_BHD.stride(1), k_BJD.stride(0), k_BJD.stride(1), v_BJD.stride(0), v_BJD.stride(1),
-        pages_k.stride(0), pages_v.stride(0), table_BP.stride(0),
+        _row_stride(cos), _row_stride(sin), pages_k.stride(0), pages_v.stride(0), table_BP.stride(0),
     )  # fmt: skip
-    arguments = (q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, y_BHD)
+    arguments = (q_BHD, k_BJD, v_BJD, cos, sin, bias, pages_k, pages_v, table_BP, length_B, y_BHD)
     if count == 1:
         launch((rows, heads_kv, 1), *arguments, y_BHD, *strides)
         return y_BHD
@@ -271,6 +311,10 @@ def decode(
     launch((rows, heads_kv, count), *arguments, part, *strides)
     combine((rows, heads, 1), part, length_B, y_BHD, count)
     return y_BHD
+
+
+def _row_stride(x: Tensor) -> int:
+    return x.stride(0) if x.shape[0] > 1 else 0
 
 
 def write(k_BJTD: Tensor, v_BJTD: Tensor, pages_k: Tensor, pages_v: Tensor, table_BP: Tensor, length_B: Tensor) -> None:

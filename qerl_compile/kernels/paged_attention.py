@@ -18,6 +18,13 @@ another's write, and a layer has one launch less. Why lengths are a tensor on th
 and replayed while rows grow, end and are replaced. A row of length 0 is idle: nothing of it is read or written, and its
 output is 0.
 
+With `cos`, `sin` and `bias` the call brings q, k and v as the projections left them. Before anything else
+
+    q, k, v += bias                                   [H + 2 J, D]: heads of q, then of k, then of v
+    q, k = x cos + (-x[D/2:], x[:D/2]) sin            float32 throughout, rounded to the dtype once
+
+What was a kernel each for q, k and v is a few instructions of this one (passes/rotary.py).
+
 `paged_write` is for prefill: k and v of many positions, from 0 on, right-padded. Attention there is torch's own over
 the call's k and v, which needs no page.
 
@@ -49,6 +56,9 @@ def paged_decode(
     length_B: Tensor,
     scaling: float,
     window: int,
+    cos_BD: Tensor | None = None,
+    sin_BD: Tensor | None = None,
+    bias_XD: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token per row; writes its k and v into the row's last page.
 
@@ -62,6 +72,9 @@ def paged_decode(
         length_B: int32 [B], positions of each row with the new one; 0 for an idle row; at most P * PAGE.
         scaling: multiplies q . k.
         window: positions that a token sees, itself included; 0 for all.
+        cos_BD: [B, D] or, for all rows alike, [1, D], in the dtype of q; None if q and k are rotated already.
+        sin_BD: as cos_BD.
+        bias_XD: [H + 2 J, D] in the dtype of q, contiguous; None if q, k and v have none or have it already.
 
     Returns:
         [B, H, D], dtype of q, contiguous.
@@ -70,7 +83,10 @@ def paged_decode(
         FormatError: a dtype, shape, stride or device does not fit the others; on CPU also a length or a page number.
     """
     check_decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, window)
+    check_before(q_BHD, k_BJD, cos_BD, sin_BD, bias_XD)
     check_rows(DECODE, q_BHD, k_BJD, v_BJD, table_BP, length_B)
+    check_rotary_rows(cos_BD, sin_BD, length_B)
+    q_BHD, k_BJD, v_BJD = finished(q_BHD, k_BJD, v_BJD, cos_BD, sin_BD, bias_XD)
     return reference_decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, scaling, window)
 
 
@@ -107,8 +123,12 @@ def _(
     length_B: Tensor,
     scaling: float,
     window: int,
+    cos_BD: Tensor | None = None,
+    sin_BD: Tensor | None = None,
+    bias_XD: Tensor | None = None,
 ) -> Tensor:
     check_decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, window)
+    check_before(q_BHD, k_BJD, cos_BD, sin_BD, bias_XD)
     return q_BHD.new_empty(q_BHD.shape)
 
 
@@ -145,6 +165,28 @@ def reference_decode(
         weights_JGT = (q_JGD @ k_JTD.mT * scaling).softmax(-1)
         y_BHD[row] = (weights_JGT @ v_JTD).flatten(0, 1)
     return y_BHD
+
+
+def finished(
+    q_BHD: Tensor,
+    k_BJD: Tensor,
+    v_BJD: Tensor,
+    cos_BD: Tensor | None,
+    sin_BD: Tensor | None,
+    bias_XD: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with bias and rotary embedding, as the module's essay defines it; themselves without either."""
+    if cos_BD is None and bias_XD is None:
+        return q_BHD, k_BJD, v_BJD
+    dtype, sizes = q_BHD.dtype, [x.shape[1] for x in (q_BHD, k_BJD, v_BJD)]
+    x_BXD = torch.cat([q_BHD, k_BJD, v_BJD], 1).to(torch.promote_types(dtype, torch.float32))
+    if bias_XD is not None:
+        x_BXD = x_BXD + bias_XD
+    x_BYD, v_BJD = x_BXD.split([sizes[0] + sizes[1], sizes[2]], 1)
+    if cos_BD is not None and sin_BD is not None:
+        low, high = x_BYD.chunk(2, -1)
+        x_BYD = x_BYD * cos_BD[:, None] + torch.cat([-high, low], -1) * sin_BD[:, None]
+    return (*x_BYD.to(dtype).split(sizes[:2], 1), v_BJD.to(dtype))  # pyright: ignore[reportReturnType]
 
 
 def reference_write(
@@ -189,6 +231,29 @@ def check_decode(
         )
 
 
+def check_before(
+    q_BHD: Tensor, k_BJD: Tensor, cos_BD: Tensor | None, sin_BD: Tensor | None, bias_XD: Tensor | None
+) -> None:
+    """Refuse a rotary embedding or a bias that does not fit q, k and v; rows are left to `check_rows`."""
+    d, heads = q_BHD.shape[2], q_BHD.shape[1] + 2 * k_BJD.shape[1]
+    tables = [x for x in (cos_BD, sin_BD) if x is not None]
+    fits = all(x.dim() == 2 and x.shape[1] == d and _alike(x, q_BHD) for x in tables)
+    if tables and (d % 2 or len(tables) == 1 or not fits):
+        raise FormatError(
+            where=DECODE,
+            expected=f"cos and sin [B or 1, {d}] with an even {d}, dtype and device as q; or neither",
+            got=" and ".join("None" if x is None else f"{describe(x)} on {x.device}" for x in (cos_BD, sin_BD)),
+            do="Pass both halves of the rotary embedding, one line per row, or rotate q and k before the call.",
+        )
+    if bias_XD is not None and not (bias_XD.shape == (heads, d) and _alike(bias_XD, q_BHD) and bias_XD.is_contiguous()):
+        raise FormatError(
+            where=DECODE,
+            expected=f"bias [{heads}, {d}] for the heads of q, k and v, contiguous, dtype and device as q",
+            got=f"{describe(bias_XD)}, strides {bias_XD.stride()}, on {bias_XD.device}",
+            do="Pass the biases of q, k and v one after the other, or add them before the call.",
+        )
+
+
 def check_write(
     k_BJTD: Tensor, v_BJTD: Tensor, pages_k: Tensor, pages_v: Tensor, table_BP: Tensor, length_B: Tensor
 ) -> None:
@@ -207,6 +272,13 @@ def check_rows(where: str, *tensors: Tensor) -> None:
             got=", ".join(describe(tensor) for tensor in tensors),
             do="Slice the page table and the lengths to the rows of this call.",
         )
+
+
+def check_rotary_rows(cos_BD: Tensor | None, sin_BD: Tensor | None, length_B: Tensor) -> None:
+    """Refuse cos and sin with neither one row nor those of the batch."""
+    for x in (cos_BD, sin_BD):
+        if x is not None and x.shape[0] != 1:
+            check_rows(DECODE, x, length_B)
 
 
 def refuse_row(where: str, row: int, pages_k: Tensor, table_BP: Tensor, length_B: Tensor, limit: int) -> None:

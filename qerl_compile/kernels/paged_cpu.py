@@ -140,13 +140,19 @@ def decode(
     length_B: Tensor,
     scaling: float,
     window: int,
+    cos_BD: Tensor | None = None,
+    sin_BD: Tensor | None = None,
+    bias_XD: Tensor | None = None,
 ) -> Tensor:
     """CPU form of `qerl::paged_decode`; arguments, result and errors as there."""
     paged.check_decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, window)
+    paged.check_before(q_BHD, k_BJD, cos_BD, sin_BD, bias_XD)
     paged.check_rows(paged.DECODE, q_BHD, k_BJD, v_BJD, table_BP, length_B)
+    paged.check_rotary_rows(cos_BD, sin_BD, length_B)
     native = load()
     limit = table_BP.shape[1] * pages_k.shape[2]
     _check_data(paged.DECODE, native, pages_k, table_BP, length_B, window, limit)
+    q_BHD, k_BJD, v_BJD = paged.finished(q_BHD, k_BJD, v_BJD, cos_BD, sin_BD, bias_XD)
     if native is None or not native.takes(pages_k):
         return paged.reference_decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, scaling, window)
     q_BHD, k_BJD, v_BJD = _rows(q_BHD), _rows(k_BJD), _rows(v_BJD)

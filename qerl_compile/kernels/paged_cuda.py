@@ -23,6 +23,9 @@ def decode(
     length_B: Tensor,
     scaling: float,
     window: int,
+    cos_BD: Tensor | None = None,
+    sin_BD: Tensor | None = None,
+    bias_XD: Tensor | None = None,
 ) -> Tensor:
     """`qerl::paged_decode` without the operator around it; arguments and result as there, unchecked."""
     from qerl_compile.kernels import flash_decode
@@ -30,6 +33,7 @@ def decode(
     if q_BHD.numel() == 0:
         return torch.empty_like(q_BHD, memory_format=torch.contiguous_format)
     if q_BHD.dtype == torch.float64:
+        q_BHD, k_BJD, v_BJD = paged.finished(q_BHD, k_BJD, v_BJD, cos_BD, sin_BD, bias_XD)
         return paged.reference_decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, scaling, window)
     return flash_decode.decode(
         _rows(q_BHD),
@@ -41,6 +45,9 @@ def decode(
         length_B,
         scaling,
         window,
+        None if cos_BD is None else _rows(cos_BD),
+        None if sin_BD is None else _rows(sin_BD),
+        bias_XD,
         multiprocessors=capability_and_multiprocessors(q_BHD.device.index)[1],
     )
 
@@ -69,10 +76,15 @@ def _paged_decode(
     length_B: Tensor,
     scaling: float,
     window: int,
+    cos_BD: Tensor | None = None,
+    sin_BD: Tensor | None = None,
+    bias_XD: Tensor | None = None,
 ) -> Tensor:
     paged.check_decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, window)
+    paged.check_before(q_BHD, k_BJD, cos_BD, sin_BD, bias_XD)
     paged.check_rows(paged.DECODE, q_BHD, k_BJD, v_BJD, table_BP, length_B)
-    return decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, scaling, window)
+    paged.check_rotary_rows(cos_BD, sin_BD, length_B)
+    return decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, scaling, window, cos_BD, sin_BD, bias_XD)
 
 
 @paged.paged_write.register_kernel("cuda")

@@ -162,19 +162,23 @@ class Trainer:
             Stopped: `stop` said so; a checkpoint was saved.
             ModelError: rollouts and trainer are not the same policy, or too many steps in a row had no finite numbers.
         """
-        latest = None
+        latest = self.evaluate(self.progress.step) if self._evaluates_after(self.progress.step) else None
         if self.progress.step == 0:
-            latest = self.evaluate(0)
             self.report({"step": 0, **self.check_parity()})
         while self.progress.step < self.config.steps:
             step = self.progress.step + 1
             self.report(self.step(step))
             if self.config.checkpoint_every and step % self.config.checkpoint_every == 0:
                 self._save()
-            every = self.config.eval_every
-            if step == self.config.steps or (every and step % every == 0):
+            self._check_stop()
+            if self._evaluates_after(step):
                 latest = self.evaluate(step)
         return latest or self.evaluate(self.progress.step)
+
+    def _evaluates_after(self, step: int) -> bool:
+        """A run that goes on evaluates after its checkpoint's step again: it may have been stopped before it did."""
+        every = self.config.eval_every
+        return step in (0, self.config.steps) or bool(every and step % every == 0)
 
     def evaluate(self, step: int) -> Evaluation:
         """Evaluate on the held-out items with the noise off, and report it."""
@@ -226,7 +230,6 @@ class Trainer:
         self._finish(step, row, experience, finite)
         if experience is not None and not self.config.distill_weight:  # a teacher teaches without rewards
             self._diagnose(row, experience)
-        self._check_stop()
         return row
 
     def _collect(self, step: int) -> Experience:

@@ -10,7 +10,7 @@ import json
 import torch
 
 from qerl_compile.kernels import flash_decode, paged_attention
-from tests.kernels.paged_oracle import error, expected, make_case, same_bits, written
+from tests.kernels.paged_oracle import error, expected, make_case, rounded_alike, same_bits, written
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -33,6 +33,20 @@ for dtype in (torch.float32, torch.float16):
                 right = same_bits(case.pages_k, pages_k) and same_bits(case.pages_v, pages_v) and not y[1].any()
                 name = f"decode {dtype} G{group} D{d} page{page} tile{tile} window{window} splits{splits}"
                 results[name] = error(y, exact) if right else float("inf")
+
+for dtype in (torch.float32, torch.float16):
+    for rotary, bias in ((True, False), (False, True), (True, True)):
+        for group, heads_kv, d, splits in ((3, 1, 80, 1), (5, 2, 16, 2), (7, 1, 32, 5)):
+            case = make_case(group * heads_kv, heads_kv, d, 16, LENGTHS, dtype=dtype, rotary=rotary, bias=bias)
+            exact, pages = expected(case), written(case)
+            y = flash_decode.decode(*case.args, multiprocessors=4, choice={"splits": splits})
+            right = all(map(rounded_alike, (case.pages_k, case.pages_v), pages)) and not y[1].any()
+            results[f"before {dtype} rotary{rotary} bias{bias} D{d}"] = error(y, exact) if right else float("inf")
+case = make_case(6, 2, 32, 16, LENGTHS, rotary=True)
+case.cos_BD, case.sin_BD = case.cos_BD[:1], case.sin_BD[:1]
+results["before torch.float32, one table for all rows"] = error(
+    flash_decode.decode(*case.copy().args, multiprocessors=4), expected(case)
+)
 
 for d, page in ((64, 16), (80, 64), (16, 7)):
     case = make_case(2, 2, d, page, LENGTHS)

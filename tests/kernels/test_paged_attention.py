@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qerl_compile.errors import FormatError
 from qerl_compile.kernels import cpu_build, paged_cpu
 from qerl_compile.kernels.paged_attention import paged_decode, paged_write
-from tests.kernels.paged_oracle import NO_PAGE, error, expected, make_case, same_bits, written
+from tests.kernels.paged_oracle import NO_PAGE, error, expected, make_case, rounded_alike, same_bits, written
 
 # Largest error over the largest output; one rounding of the output is half of it for the 16-bit types.
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-13}
@@ -76,6 +76,38 @@ def test_decode_is_attention_over_the_live_positions(path, group, heads_kv, d, p
         assert same_bits(case.pages_v, pages_v)
 
 
+@pytest.mark.parametrize("dtype", list(LIMIT))
+@pytest.mark.parametrize("rotary, bias", [(True, False), (False, True), (True, True)])
+def test_bias_and_rotary_embedding_come_before_attention_and_before_the_page(path, rotary, bias, dtype):
+    for group, heads_kv, d in ((3, 3, 64), (4, 2, 80), (7, 1, 16)):
+        case = make_case(group * heads_kv, heads_kv, d, 16, LENGTHS, dtype=dtype, rotary=rotary, bias=bias)
+        exact, (pages_k, pages_v) = expected(case), written(case)
+        plain = paged_decode(*case.copy().args[:9])
+        y = paged_decode(*case.args)
+        assert error(y, exact) < LIMIT[dtype]
+        assert not torch.allclose(y, plain, atol=0.1)  # it matters
+        assert rounded_alike(case.pages_k, pages_k)
+        assert rounded_alike(case.pages_v, pages_v)
+
+
+def test_a_quarter_turn_swaps_the_halves_and_changes_a_sign(path):
+    """cos 0, sin 1: (low, high) becomes (-high, low), in q and in the key that is stored."""
+    case = make_case(1, 1, 16, 4, [1], rotary=True)
+    case.cos_BD[:], case.sin_BD[:] = 0.0, 1.0
+    case.k_BJD[:] = torch.arange(16.0)
+    paged_decode(*case.args)
+    stored = case.pages_k[case.table_BP[0, 0], 0, 0].tolist()
+    assert stored == [-8, -9, -10, -11, -12, -13, -14, -15, 0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_one_line_of_cos_and_sin_serves_all_rows(path):
+    case = make_case(4, 2, 16, 16, [20, 30], rotary=True)
+    case.cos_BD, case.sin_BD = case.cos_BD[:1], case.sin_BD[:1]
+    many = case.copy()
+    many.cos_BD, many.sin_BD = (x.repeat(2, 1) for x in (case.cos_BD, case.sin_BD))
+    assert same_bits(paged_decode(*case.args), paged_decode(*many.args))
+
+
 @pytest.mark.parametrize(("page", "d"), [(1, 16), (5, 16), (48, 32), (100, 48), (128, 16)])
 def test_any_page_size_serves(path, page, d):
     case = make_case(3, 1, d, page, LENGTHS, window=70)
@@ -92,7 +124,7 @@ def test_every_instruction_set_agrees(march, dtype):
     for heads, heads_kv, d in ((9, 3, 64), (7, 1, 80), (2, 2, 16)):
         case = make_case(heads, heads_kv, d, 16, LENGTHS, window=50, dtype=dtype)
         exact = expected(case)
-        assert error(kernels.decode(*case.args), exact) < LIMIT[dtype]
+        assert error(kernels.decode(*case.args[:9]), exact) < LIMIT[dtype]
 
 
 def test_weights_are_accurate_from_one_to_nothing():
@@ -268,10 +300,17 @@ def test_write_refuses_more_positions_than_it_was_given(path):
         ("length_B", lambda x: x.long(), r"length_B int32 \[B\]"),
         ("length_B", lambda x: x[:, None], r"length_B int32 \[B\]"),
         ("window", lambda x: -1, "window >= 0"),
+        ("cos_BD", lambda x: None, r"cos and sin \[B or 1, 16\] .* or neither; got None and"),
+        ("sin_BD", lambda x: x[:, :8], r"cos and sin \[B or 1, 16\]"),
+        ("sin_BD", lambda x: x.double(), "dtype and device as q"),
+        ("cos_BD", lambda x: x.repeat(2, 1)[:3], "2 rows in every tensor"),
+        ("bias_XD", lambda x: x[:6], r"bias \[8, 16\] for the heads of q, k and v"),
+        ("bias_XD", lambda x: x.mT.contiguous().mT, "contiguous"),
+        ("bias_XD", lambda x: x.bfloat16(), "dtype and device as q"),
     ],
 )
 def test_what_does_not_fit_is_named(name, wrong, sentence):
-    case = make_case(4, 2, 16, 16, [20, 30])
+    case = make_case(4, 2, 16, 16, [20, 30], rotary=True, bias=True)
     setattr(case, name, wrong(getattr(case, name)))
     with pytest.raises(FormatError, match=sentence):
         paged_decode(*case.args)
@@ -282,7 +321,9 @@ def test_the_operators_keep_what_their_schema_promises(dtype):
     case = make_case(4, 2, 16, 16, [20, 0, 30], dtype=dtype)
     for cache in (case.pages_k, case.pages_v):
         cache.nan_to_num_()  # opcheck compares with ==
-    torch.library.opcheck(paged_decode, case.args)
+    torch.library.opcheck(paged_decode, case.args[:9])
+    extra = make_case(4, 2, 16, 16, [1], dtype=dtype, rotary=True, bias=True)
+    torch.library.opcheck(paged_decode, (*case.args[:9], extra.cos_BD, extra.sin_BD, extra.bias_XD))
     new = torch.randn(3, 2, 30, 16).to(dtype)
     torch.library.opcheck(paged_write, (new, new, *case.args[3:7]))
 

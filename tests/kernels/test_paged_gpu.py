@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qerl_compile.kernels import flash_decode
 from qerl_compile.kernels.paged_attention import paged_decode, paged_write
-from tests.kernels.paged_oracle import Case, error, expected, make_case, same_bits, written
+from tests.kernels.paged_oracle import Case, error, expected, make_case, rounded_alike, same_bits, written
 
 # Largest error over the largest output. Weights are rounded to the values' dtype before they multiply.
 LIMIT = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-13}
@@ -58,6 +58,21 @@ def test_decode_is_attention_over_the_live_positions_and_repeats_to_the_bit(grou
         assert same_bits(case.pages_v, pages_v)
         for _ in range(5):
             assert same_bits(paged_decode(*again.args), y)
+
+
+@pytest.mark.parametrize("dtype", list(LIMIT))
+@pytest.mark.parametrize("rotary, bias", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("group", "heads_kv", "d"), [(7, 4, 128), (5, 8, 128), (3, 3, 64), (4, 2, 80), (1, 1, 256)])
+def test_bias_and_rotary_embedding_come_before_attention_and_before_the_page(group, heads_kv, d, rotary, bias, dtype):
+    case = make_case(group * heads_kv, heads_kv, d, 64, LENGTHS, dtype=dtype, device="cuda", rotary=rotary, bias=bias)
+    exact, (pages_k, pages_v) = expected(case), written(case)
+    again = case.copy()
+    y = paged_decode(*case.args)
+    assert error(y, exact) < LIMIT[dtype]
+    assert rounded_alike(case.pages_k, pages_k)
+    assert rounded_alike(case.pages_v, pages_v)
+    for _ in range(3):
+        assert same_bits(paged_decode(*again.args), y)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
@@ -168,7 +183,7 @@ def test_table_of_times():
     }
     print(f"\n{torch.cuda.get_device_name()}, {MULTIPROCESSORS} multiprocessors; µs (GB/s of live keys and values)")
     for model, heads, heads_kv, d in (("32B", 40, 8, 128), ("7B", 28, 4, 128)):
-        for rows in (1, 8, 64, 256):
+        for rows in (1, 2, 4, 8, 64, 256):
             generator = torch.Generator().manual_seed(rows)
             ragged = torch.randint(64, 1025, (rows,), generator=generator).tolist()
             for kind, lengths in (("512", [512] * rows), ("ragged", ragged)):
@@ -205,3 +220,54 @@ def test_table_of_times():
                 print(f"{model} B{rows} {kind} S{usual}: " + ", ".join(cells), flush=True)
                 del cases, dense, sdpa, graphs, capture
                 torch.cuda.empty_cache()
+
+
+def test_table_of_bias_and_rotary_embedding():
+    """What decides whether they belong into the kernel: µs of the whole, in a graph, outside of it and inside."""
+    from benchmarks.gpu_timing import Capture, GpuClock, interleaved
+
+    def outside(case, fused):
+        q, k, v = _finished_by_inductor(fused, *case.args[9:], case.q_BHD.shape[1], case.k_BJD.shape[1])
+        return launch(Case(q, k, v, *case.args[3:9]))
+
+    clock = GpuClock()
+    forms = {"outside": outside, "inside": lambda case, _: launch(case)}
+    print(f"\n{torch.cuda.get_device_name()}; µs of bias, rotary embedding and attention")
+    for model, heads, heads_kv, d in (("7B", 28, 4, 128), ("32B", 40, 8, 128)):
+        for rows in (1, 2, 4, 8, 16):
+            torch._dynamo.reset()  # each size is compiled for itself, as many as there are
+            for capacity in (512, 1024, 4096):
+                lengths = [capacity // 2] * rows
+                cases = []
+                for case in live_cases(rows, heads, heads_kv, d, lengths, 16, capacity):
+                    fused = torch.cat([x.flatten(1) for x in (case.q_BHD, case.k_BJD, case.v_BJD)], 1)
+                    parts = fused.unflatten(1, (-1, d)).split([heads, heads_kv, heads_kv], 1)
+                    case.q_BHD, case.k_BJD, case.v_BJD = parts
+                    case.cos_BD, case.sin_BD = torch.randn(2, rows, d, dtype=torch.bfloat16, device="cuda")
+                    case.bias_XD = torch.randn(heads + 2 * heads_kv, d, dtype=torch.bfloat16, device="cuda")
+                    cases.append((case, fused))
+                capture, graphs = Capture(), {}
+                want = outside(*cases[0])
+                for name, form in forms.items():
+                    assert error(form(*cases[0]), want.double()) < 2 * LIMIT[torch.bfloat16], name
+                    calls = [lambda case=case, form=form: form(*case) for case in cases]
+                    for call in calls[:3]:
+                        call()
+                    graphs[name] = capture(calls).replay
+                times = interleaved(graphs, 9, clock, calls=dict.fromkeys(graphs, len(cases)))
+                cells = [f"{name} {median:.2f}" for name, (median, *_) in times.items()]
+                print(f"{model} B{rows} of {capacity}: " + ", ".join(cells), flush=True)
+
+
+@torch.compile(fullgraph=True, dynamic=False)
+def _finished_by_inductor(fused, cos_BD, sin_BD, bias_XD, heads, heads_kv):
+    """Bias and rotary embedding as a decode graph has them outside of the operator."""
+    d = cos_BD.shape[1]
+    x = (fused + bias_XD.flatten()).unflatten(1, (-1, d))
+    q, k, v = x.split([heads, heads_kv, heads_kv], 1)
+    cos, sin = cos_BD[:, None], sin_BD[:, None]
+
+    def turned(x):
+        return torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
+
+    return q * cos + turned(q) * sin, k * cos + turned(k) * sin, v.contiguous()

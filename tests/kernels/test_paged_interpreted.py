@@ -20,6 +20,13 @@ def test_every_split_and_window_agrees_with_float64_and_writes_one_position(resu
     assert max(errors.values()) < limit, max(errors, key=errors.get)
 
 
+@pytest.mark.parametrize(("dtype", "limit", "count"), [("float32", 2e-6, 10), ("float16", 1e-3, 9)])
+def test_bias_and_rotary_embedding_come_before_attention_and_before_the_page(results, dtype, limit, count):
+    errors = {name: value for name, value in results.items() if name.startswith(f"before torch.{dtype}")}
+    assert len(errors) == count
+    assert max(errors.values()) < limit, max(errors, key=errors.get)
+
+
 def test_write_fills_the_live_positions_alone(results):
     assert {name: value for name, value in results.items() if name.startswith("write")} == {
         "write D64 page16": 0,

@@ -153,9 +153,10 @@ def test_noise_is_on_in_rollouts_and_off_in_updates_and_evaluations(trained):
     assert {loudest for grad, _, loudest in seen if grad} == {0.0}
     silent = [count for grad, count, loudest in seen if not grad and loudest == 0.0]
     # Four evaluations, the parity gate's rollout and the two steps of the silent stage: four prompts of three words,
-    # answered by one token. The gate's own forward has two samples of each prompt with their answers, after a look at
-    # two rows of them, with and without the head.
-    assert sorted(silent) == [8, 8] + [12] * 7 + [32]
+    # answered by one token. The gate's own forward has two samples of each prompt with their answers; before it, once
+    # in the life of a model, two rows of them run with and without the head.
+    assert sorted(count for count in silent if count != 8) == [12] * 7 + [32]
+    assert silent.count(8) in (0, 2)
     noisy = [loudest for grad, _, loudest in seen if not grad and loudest > 0.0]
     assert len(noisy) == STEPS - 2
     assert noisy[0] > 1e-2 > noisy[-1] > 5e-4
