@@ -93,7 +93,8 @@ def resample_noise(model: nn.Module, sigma: float, generator: torch.Generator | 
         (number of norms that have noise, root mean square of `w_eff - w` as computed in fp32). The number is counted
         and not read from the plan, so that a caller can compare the two.
     """
-    sites, squares, count = 0, 0.0, 0
+    sites, count = 0, 0
+    squares: dict[torch.device, torch.Tensor] = {}  # read once at the end: a read waits for the device
     for path in state_of(model).plan.noise:
         norm = model.get_submodule(path)
         noise = norm._buffers.get("noise")
@@ -105,9 +106,11 @@ def resample_noise(model: nn.Module, sigma: float, generator: torch.Generator | 
             continue
         noise.copy_(torch.randn(noise.shape, generator=generator, dtype=torch.float32) * sigma)
         clean = norm_weight(norm)
-        squares += ((clean + noise) - clean).square().sum().item()
+        square = ((clean + noise) - clean).double().square().sum()
+        squares[square.device] = squares[square.device] + square if square.device in squares else square
         count += noise.numel()
-    return sites, (squares / count) ** 0.5 if count else 0.0
+    total = sum(square.item() for square in squares.values())
+    return sites, (total / count) ** 0.5 if count else 0.0
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from qerl_compile.rl.parity import check_parity
 from qerl_compile.rl.prompts import PromptFormat, as_completion, end_token_ids, pad_token_id
 from qerl_compile.rl.ranks import Ranks
 from qerl_compile.rl.rewards import RewardFunction, score
+from qerl_compile.rl.rewards.calling import reward_name
 from qerl_compile.rl.rollout import PagedSampler, Sampler, Sampling
 from qerl_compile.rl.seeds import derive_seed
 from qerl_compile.rl.step_metrics import memory_metrics
@@ -127,7 +128,8 @@ class Trainer:
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config)
         self.pad_id = pad_token_id(self.tokenizer, self.model.generation_config)
         self.progress = Progress(step=0, cursor=0, seen_tokens=0)
-        self.watch = Watch(self.extractor)
+        extracts = any(reward_name(function) == "answer" for function in self.rewards)
+        self.watch = Watch(self.extractor if extracts else None)
         gib = self.config.rollout_memory_gib
         budget_bytes = None if gib is None else int(gib * 2**30)
         self.engine = self.sampler or PagedSampler(
