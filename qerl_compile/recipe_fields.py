@@ -129,7 +129,7 @@ class NoiseConfig(Part):
 
 
 class TrainConfig(Part):
-    """Settings of the reinforcement-learning loop: GRPO with the token-mean loss and clip-higher of DAPO."""
+    """Settings of the reinforcement-learning loop; by default GRPO with the token-mean loss and clip-higher of DAPO."""
 
     steps: Count = 600
     """Optimizer steps. The paper's GSM8K runs take about 600."""
@@ -205,8 +205,15 @@ class TrainConfig(Part):
     reward_weight: NonNegative = 1.0
     """Weight of the policy loss, its KL term included; 0 with `distill_weight` above 0 is distillation alone."""
 
-    distill_weight: NonNegative = 0.0
+    distill_weight: NonNegative = Field(default=0.0, validate_default=True)
     """Weight of the KL divergence from the policy to a teacher on the policy's own samples; needs `--teacher`."""
+
+    @field_validator("distill_weight")
+    @classmethod
+    def _something_is_trained(cls, distill_weight: float, info: ValidationInfo) -> float:
+        if distill_weight == 0 and info.data.get("reward_weight") == 0:
+            raise ValueError("distill_weight > 0 where reward_weight is 0, or nothing would be trained; 0")
+        return distill_weight
 
     correction: Literal["none", "truncate", "mask"] = "none"
     """What is done about rollouts whose sampler is not exactly the trainer's policy (kernels, noise): `truncate` weighs
@@ -244,14 +251,16 @@ class TrainConfig(Part):
     """Steps between greedy evaluations with noise off; 0 evaluates only before and after training."""
 
     checkpoint_every: CountOrZero = 25
-    """Steps between checkpoints, from which a run goes on bit by bit; 0 writes none but at SIGTERM."""
+    """Steps between checkpoints, from which a run goes on bit by bit; 0 writes none but at SIGTERM and Ctrl-C."""
 
     checkpoints_kept: Annotated[int, Field(strict=True, ge=1, le=1000)] = 2
     """Newest checkpoints that are kept; the older one is what a damaged newest one falls back to."""
 
     max_bad_steps: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 3
-    """Steps in a row whose loss, reward, gradient or log-probs are not finite, after which the run stops with a dump.
-    Each of them leaves all parameters as they were."""
+    """Steps in a row whose loss, gradient or log-probs are not finite, after which the run stops with a dump.
+
+    Such a step changes no parameter, also where an earlier update on its rollout was finite.
+    """
 
     reward_timeout: Positive = 10.0
     """Seconds a reward function may take for one batch before its process is killed; a timeout is not a score of 0."""

@@ -9,7 +9,9 @@ from qerl_compile.cli.options import Model, RecipeName, Sets
 
 Layer = Annotated[int, typer.Option(min=0, help="Which decoder layer.")]
 Context = Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")]
-Pass = Annotated[str | None, typer.Option("--pass", help="Only this pass: noise, lora, fuse, quantize or recompute.")]
+Pass = Annotated[
+    str | None, typer.Option("--pass", help="Only this pass: trainednorms, noise, lora, fuse, quantize or recompute.")
+]
 
 COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 

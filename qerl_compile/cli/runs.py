@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Run:
     assistant_prefix: str | None = None
     inner: str = "inductor"
     reward_weights: list[float] = field(default_factory=list)
+    teacher: str | None = None
     format_version: int = FORMAT_VERSION
 
     def write(self, directory: Path, recipe: Recipe) -> None:
@@ -47,8 +48,10 @@ class Run:
 
         versions = {"qerl_compile": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
         text = json.dumps({**asdict(self), "recipe_sha256": recipe.sha256, "versions": versions}, indent=2)
-        (directory / "run.json").write_text(text + "\n", encoding="utf-8")
         (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        part = directory / ".run.json.partial"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(directory / "run.json")  # last and whole: it makes the directory a run
 
     def refuse_other(self, directory: Path) -> None:
         """Refuse to go on in the directory of a run whose task, rewards or prompt are others.
@@ -57,16 +60,7 @@ class Run:
             CheckpointError: naming the first that differs.
         """
         began = Run.read(directory)
-        for name in (
-            "model",
-            "task",
-            "rewards",
-            "reward_weights",
-            "extractor",
-            "system",
-            "question",
-            "assistant_prefix",
-        ):
+        for name in (f.name for f in fields(self) if f.name != "format_version"):
             then, now = getattr(began, name), getattr(self, name)
             if then != now:
                 raise CheckpointError(
@@ -94,7 +88,7 @@ class Run:
                     got=repr(version),
                     do="Use the qerl-compile that wrote it.",
                 )
-            data.setdefault("reward_weights", [])  # runs before there were any
+            data = {"reward_weights": [], "teacher": None, **data}  # runs before there were any
             return cls(**{key: data[key] for key in cls.__dataclass_fields__})
         except (OSError, ValueError, KeyError, TypeError) as fault:
             raise CheckpointError(
@@ -167,6 +161,8 @@ def run_directory(out: Path, *, first: bool = True) -> Iterator[Path]:
         yield out
     except BaseException:  # KeyboardInterrupt too
         metrics = out / "metrics.jsonl"
+        if (out / "checkpoints").is_dir() or any(out.glob("bad-step-*.json")):
+            raise  # it says itself what to look into, or goes on from there
         if metrics.is_file() and b'"reward"' in metrics.read_bytes():
             from qerl_compile.cli.console import stderr
 
@@ -197,7 +193,7 @@ def open_model(path: str, *, inner: str = "inductor", device: str | None = None)
             where=str(root / "adapter"),
             expected="the adapter of a finished run",
             got="none: the run failed or is still going on",
-            do="Train again with another -o; metrics.jsonl says how far it came.",
+            do="Go on with the command that began it and --resume; metrics.jsonl says how far it came.",
         )
     recipe = Recipe.from_file(root / "recipe.yaml")
     tokenizer = open_tokenizer(run.model)
@@ -216,7 +212,7 @@ def open_teacher(model: str, like: Any, tokenizer: Any) -> Any:
     Raises:
         CheckpointError: there is none, the directory is hostile or damaged, or its tokens are others.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from qerl_compile.checkpoint_dir import open_checkpoint
     from qerl_compile.loading import model_directory
@@ -231,6 +227,15 @@ def open_teacher(model: str, like: Any, tokenizer: Any) -> Any:
             expected=f"the student's tokens, {other!r} as number {ours.get(other)}",
             got=f"number {theirs.get(other)}",
             do="Choose a teacher of the same family.",
+        )
+    config = AutoConfig.from_pretrained(root, trust_remote_code=False).get_text_config()
+    size = like.config.get_text_config().vocab_size
+    if config.vocab_size != size:
+        raise CheckpointError(
+            where=f"--teacher {model}: vocab_size",
+            expected=f"{size} logits, as the student has",
+            got=str(config.vocab_size),
+            do="Choose a teacher of the student's vocabulary size.",
         )
     teacher = AutoModelForCausalLM.from_pretrained(root, dtype="auto", trust_remote_code=False)
     return teacher.eval().requires_grad_(False).to(next(like.parameters()).device)

@@ -17,7 +17,9 @@ from qerl_compile.cli.options import Device, Inner, Model, Out, RecipeName, Sets
 
 Tasks = Annotated[
     list[str],
-    typer.Option("--task", help="rg:NAME[:key=value,…] from reasoning_gym, or FILE.jsonl; several are a curriculum."),
+    typer.Option(
+        "--task", help="rg:NAME[:key=value,…] from reasoning_gym, or FILE.jsonl[:held_out=…]; several are a curriculum."
+    ),
 ]
 AdvanceAt = Annotated[float | None, typer.Option(help="Mean reward from which the next of several tasks begins.")]
 Rewards = Annotated[
@@ -57,9 +59,9 @@ def train(
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train adapters with GRPO/DAPO on a 4-bit base, evaluate before and after, write the adapter."""
+    """Train adapters with RL on a 4-bit or dense base, evaluate before and after, write the adapter."""
     from qerl_compile.cli.console import quiet_libraries, stderr, stdout, wrote
-    from qerl_compile.cli.runs import Run, base_name, open_teacher, open_tokenizer, refuse_output, run_directory
+    from qerl_compile.cli.runs import Run, base_name, is_run, open_teacher, open_tokenizer, refuse_output, run_directory
 
     quiet_libraries()
     refuse_output(out, resume=resume)
@@ -104,9 +106,23 @@ def train(
             got=str(len(reward_weight)),
             do="Give as many --reward-weight as --reward, or none.",
         )
+    if (teacher is None) != (rules.train.distill_weight == 0):
+        raise RecipeError(
+            where="train.distill_weight",
+            expected="above 0 with --teacher, and 0 without",
+            got=f"{rules.train.distill_weight:g} with --teacher {teacher}",
+            do="Give --teacher MODEL and --set train.distill_weight=1, or neither.",
+        )
+    base = base_name(model)
+    known_as = base if Path(model).is_dir() else model  # a relative path would not survive a change of directory
+    about = Run(known_as, spec, reward, extractor, system, question, assistant_prefix, inner, reward_weight, teacher)
+    if resume and is_run(out):
+        about.refuse_other(out)
     rewards = resolve_rewards(reward, rows, extractor, timeout=rules.train.reward_timeout)
     ranks, interrupt = Ranks.join(), checkpoints.Interrupt()
     try:
+        ranks.share(rules.train.prompts_per_step)
+        ranks.wait()  # every rank has judged OUT before rank 0 makes it
         policy = load(
             model,
             rules,
@@ -118,9 +134,6 @@ def train(
         )
         import peft  # noqa: F401  # seconds, which a save after SIGTERM must not take
 
-        base = base_name(model)
-        known_as = base if Path(model).is_dir() else model  # a relative path would not survive a change of directory
-        about = Run(known_as, spec, reward, extractor, system, question, assistant_prefix, inner, reward_weight)
         identity = checkpoints.identity(policy, rules, base=base, world_size=ranks.size)
         sink_config = {"recipe": rules.model_dump(mode="json"), "task": spec, "model": known_as}
         with (
@@ -128,6 +141,9 @@ def train(
             recording(out, rules.train.steps, track=track, config=sink_config, first=ranks.is_first) as recorder,
             interrupt,
         ):
+            found, rejected = checkpoints.latest(out) if resume else (None, [])
+            if ranks.is_first and found is None:
+                about.write(out, rules)
 
             def save(trainer: Trainer) -> None:
                 if ranks.is_first:
@@ -152,17 +168,13 @@ def train(
                 stop=lambda: interrupt.requested,
                 reward_weights=reward_weight or None,
             )
-            found, rejected = checkpoints.latest(out) if resume else (None, [])
             if found is not None:
-                about.refuse_other(out)
                 notes = [f"passed over: {each.reason}" for each in rejected]
                 changes = checkpoints.version_changes(found.versions)
                 notes += [f"not as when the run began, so bits may differ: {', '.join(changes)}"] if changes else []
                 for note in notes:
                     stderr().print(note, style="yellow", highlight=False, markup=False)
                 trainer.go_on(checkpoints.restore(found, identity, policy, trainer.optimizer))
-            if ranks.is_first and not (out / "run.json").exists():
-                about.write(out, rules)
             last = trainer.train()
             if ranks.is_first:
                 write_adapter(policy, out / "adapter", base_name=base)

@@ -16,6 +16,7 @@ own groups: the number may differ from rank to rank, the P in all does not.
 Noise is the trainer's: it is on while this runs.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -165,8 +166,9 @@ def _metrics(
         failed = [sum(each.scores.count(name, kind) for each in rounds) for kind in ("timeout", "error")]
         timeouts, errors = ranks.sum(torch.tensor(failed, dtype=torch.float64)).tolist()
         metrics |= {f"rewards/{name}/timeouts": int(timeouts), f"rewards/{name}/errors": int(errors)}
-    metrics |= rounds[-1].scores.metrics
     if config.overlong_buffer:
         penalty_N = overlong_penalty(table_NX[:, 1], config.max_new_tokens, config.overlong_buffer, 1.0)
         metrics["overlong/share"] = float((penalty_N < 0).double().mean())
-    return metrics
+    said = [each.scores.metrics for each in rounds]
+    spoken = {name: statistics.fmean(each[name] for each in said if name in each) for each in said for name in each}
+    return {**spoken, **metrics}  # what a reward function logs never takes the place of ours

@@ -23,6 +23,7 @@ from qerl_compile.rl.pass_at_k import Mean, mean_over_items, pass_at_k
 from qerl_compile.rl.prompts import PromptFormat
 from qerl_compile.rl.proportions import Proportion
 from qerl_compile.rl.rewards import close_rewards, resolve_reward
+from qerl_compile.rl.rewards.registry import TIMEOUT_S
 from qerl_compile.rl.rewards.score import ask
 from qerl_compile.rl.rollout import Rollout, Sampler, Sampling
 from qerl_compile.rl.tasks import Row, Task, columns
@@ -120,6 +121,8 @@ def evaluate(
     prompt: PromptFormat,
     extractor: Extractor,
     sampling: Sampling,
+    *,
+    timeout: float = TIMEOUT_S,
 ) -> Evaluation:
     """Answer each held-out row greedily and count the right answers.
 
@@ -132,6 +135,7 @@ def evaluate(
         prompt: how rows become prompts.
         extractor: how the answer is found in a completion.
         sampling: `temperature` must be 0.
+        timeout: seconds that the judge may take for all answers, where it runs in a process of its own.
 
     Raises:
         ModelError: the model's noise cannot be silenced, or its adapters are off.
@@ -139,7 +143,9 @@ def evaluate(
     """
     if sampling.temperature != 0:
         raise ValueError(f"evaluate: expected temperature 0, got {sampling.temperature}")
-    prompts, texts, rewards, rollouts = _answers(model, sampler, tokenizer, task, rows, prompt, extractor, 1, sampling)
+    prompts, texts, rewards, rollouts = _answers(
+        model, sampler, tokenizer, task, rows, prompt, extractor, 1, sampling, timeout
+    )
     return Evaluation(Proportion(rewards.count(1.0), len(rows)), prompts, texts, rewards, rollouts)
 
 
@@ -153,6 +159,8 @@ def evaluate_sampled(
     extractor: Extractor,
     sampling: Sampling,
     samples: int,
+    *,
+    timeout: float = TIMEOUT_S,
 ) -> SampledEvaluation:
     """Draw several answers to each held-out row; the other arguments are those of `evaluate`.
 
@@ -166,6 +174,7 @@ def evaluate_sampled(
         extractor: see `evaluate`.
         sampling: `temperature` must be above 0; `seed` decides the draws.
         samples: n, answers per row.
+        timeout: see `evaluate`.
 
     Raises:
         ModelError: as `evaluate`.
@@ -175,7 +184,7 @@ def evaluate_sampled(
         got = f"temperature {sampling.temperature}, {samples} samples"
         raise ValueError(f"evaluate_sampled: expected a temperature above 0 and at least one sample, got {got}")
     return SampledEvaluation(
-        samples, *_answers(model, sampler, tokenizer, task, rows, prompt, extractor, samples, sampling)
+        samples, *_answers(model, sampler, tokenizer, task, rows, prompt, extractor, samples, sampling, timeout)
     )
 
 
@@ -189,12 +198,13 @@ def _answers(
     extractor: Extractor,
     samples: int,
     sampling: Sampling,
+    timeout: float,
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[float | None, ...], tuple[Rollout, ...]]:
     """Prompts of the rows, then texts, rewards and rollouts of `samples` answers to each."""
     resample_noise(model, 0.0)
     check_evaluated(model)
     prompts = [prompt.encode(tokenizer, row) for row in rows]
-    judge = resolve_reward("answer", task, extractor)  # its process, if it needs one, starts while answers are drawn
+    judge = resolve_reward("answer", task, extractor, timeout=timeout)  # starts while answers are drawn
     try:
         rollouts = sampler.generate([each.ids for each in prompts], samples, sampling)
         texts = tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)

@@ -50,23 +50,6 @@ def length_metrics(lengths_N: torch.Tensor, ended_N: torch.Tensor) -> dict[str, 
     return metrics
 
 
-def mismatch_metrics(logp_BT: torch.Tensor, sampling_logp_BT: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from those recorded while sampling, over completion tokens.
-
-    Args:
-        logp_BT: float [B, T], from the trainer's forward before any update.
-        sampling_logp_BT: float [B, T], recorded by the rollout, of the same temperature-scaled distribution.
-        mask_BT: bool [B, T].
-    """
-    difference = (logp_BT.detach().double() - sampling_logp_BT.double())[mask_BT].abs()
-    if len(difference) == 0:
-        difference = torch.zeros(1)
-    return {
-        "sampling/sampling_logp_difference/mean": float(difference.mean()),
-        "sampling/sampling_logp_difference/max": float(difference.max()),
-    }
-
-
 def memory_metrics(device: torch.device) -> dict[str, float]:
     """Peak memory since the process began, in MiB: resident, and allocated by torch on `device` if that is CUDA."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS and KiB on Linux

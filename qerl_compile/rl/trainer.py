@@ -155,7 +155,7 @@ class Trainer:
         """Take up a run where a checkpoint left it; model and optimizer are restored already."""
         self.progress = progress
         if isinstance(self.task, Curriculum):
-            self.task.restore(progress.stage, progress.extra["rewards"])
+            self.task.restore(progress.stage, progress.extra.get("rewards", []))  # none before the first step
 
     def train(self) -> Evaluation:
         """Run all steps that are left; return the last evaluation.
@@ -165,8 +165,9 @@ class Trainer:
             ModelError: rollouts and trainer are not the same policy, or too many steps in a row had no finite numbers.
         """
         latest = self.evaluate(self.progress.step) if self._evaluates_after(self.progress.step) else None
+        parity = self.check_parity()  # at step 0 lora_B is 0: only a run that goes on shows its adapters here
         if self.progress.step == 0:
-            self.report({"step": 0, **self.check_parity()})
+            self.report({"step": 0, **parity})
         while self.progress.step < self.config.steps:
             step = self.progress.step + 1
             self.report(self.step(step))
@@ -187,8 +188,9 @@ class Trainer:
         start = time.perf_counter()
         greedy = self._sampling(0.0)
         result = evaluate(
-            self.model, self.engine, self.tokenizer, self.task, self.held_out, self.prompt, self.extractor, greedy
-        )
+            self.model, self.engine, self.tokenizer, self.task, self.held_out, self.prompt, self.extractor, greedy,
+            timeout=self.config.reward_timeout,
+        )  # fmt: skip
         self.report({"step": step, **result.metrics(), "eval/time": time.perf_counter() - start})
         if self.record is not None:
             self.record(step, result)
@@ -226,7 +228,8 @@ class Trainer:
                 resample_noise(self.model, 0.0)
             update = self.updater.update(step, experience)
             finite = update.finite
-            row |= {**update.metrics, **experience.metrics, **self._times(start, rolled_out, experience)}
+            measured = {**experience.metrics, **update.metrics, **self._times(start, rolled_out, experience)}
+            row |= {name: value for name, value in measured.items() if name not in row}
         except NotFiniteError as fault:
             row["update/fault"] = str(fault)
         self._finish(step, row, experience, finite)
@@ -310,10 +313,11 @@ class Trainer:
         row["update/bad_steps"] = bad
         if bad >= self.config.max_bad_steps:
             dump = dump_batch(self.directory, step, self.ranks.rank, row, experience) if self.directory else None
+            lost = "" if experience else f"; the rollout itself failed: {row.get('update/fault')}"
             raise ModelError(
                 where=f"step {step}",
                 expected="finite loss, log-probabilities and gradient",
-                got=f"NaN or Inf in {bad} steps in a row, none of which changed a parameter",
+                got=f"NaN or Inf in {bad} steps in a row, and no update with them was made{lost}",
                 do=f"Look into the last batch, {dump}." if dump else "Lower train.learning_rate.",
             )
         seen = row.get("num_tokens", progress.seen_tokens)
@@ -336,6 +340,7 @@ class Trainer:
         if self.stop is not None and self.ranks.any(self.stop()):
             resample_noise(self.model, 0.0)
             self._save()
+            self.ranks.wait()  # torchrun ends the others as soon as one has left, and rank 0 may still be writing
             raise Stopped(self.progress.step)
 
     def _save(self) -> None:

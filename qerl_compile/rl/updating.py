@@ -11,7 +11,7 @@ reference of a KL term, which is the model with its adapters off.
     loss = reward_weight * policy_loss + distill_weight / M * sum_t KL(policy || teacher)_t
 
 *Not finite.* A NaN or Inf in loss, log-probs, or gradient, on any rank, and no optimizer step is taken: adapters and
-optimizer keep every bit. The trainer counts such steps.
+optimizer keep every bit, also if an earlier update on the same rollout was finite. The trainer counts such steps.
 
 *Out of memory.* A micro-batch that does not fit is cut into two and the update begins again with gradients at zero, so
 the gradient is that of the whole; halves stay halves for the rest of the step. Losses are sums over rows divided by
@@ -20,6 +20,7 @@ totals of the step (`losses/inputs.py`), which is what makes the cut free of con
 Metrics are those of the first update (entropy, mismatch, which mean something on policy) and of all (loss, clipping).
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -110,9 +111,8 @@ class Updater:
         metrics: dict[str, float | int] = {"loss": 0.0, "grad_norm": 0.0, "learning_rate": rate, "update/rows": 0}
         if totals is None:
             return Update(metrics, True)
-        if self.config.kl_weight:
-            batches = [self._with_reference(batch) for batch in batches]
         losses, norms, counts = 0.0, 0.0, []
+        before = self._state() if self.config.updates_per_rollout > 1 else None
         for number in range(self.config.updates_per_rollout):
             batches, parts, mismatch = self._gradients(batches, totals, first=number == 0)
             self.ranks.sum_gradients(self.parameters)
@@ -129,8 +129,19 @@ class Updater:
             if number == 0:
                 metrics |= self._first_metrics(sums, mismatch)
             if not finite:
+                if before is not None:
+                    self._put_back(before)
                 return Update(metrics, False)
         return Update(metrics | TokenCounts.total(counts).metrics(), True)
+
+    def _state(self) -> tuple[list[Tensor], dict[str, Any]]:
+        return [p.detach().clone() for p in self.parameters], copy.deepcopy(self.optimizer.state_dict())
+
+    @torch.no_grad()
+    def _put_back(self, before: tuple[list[Tensor], dict[str, Any]]) -> None:
+        for parameter, old in zip(self.parameters, before[0], strict=True):
+            parameter.copy_(old)
+        self.optimizer.load_state_dict(before[1])
 
     def _batches(self, experience: Experience) -> list[MicroBatch]:
         """Return the micro-batches of this rank; rows without weight in any term are left out."""
@@ -172,6 +183,8 @@ class Updater:
             mismatch: list[Mismatch] = []
             for number, batch in enumerate(batches):
                 try:
+                    if self.config.kl_weight and batch.reference_logp_BC is None:
+                        batch = self._with_reference(batch)
                     part, old_logp_BC = self._backward(batch, totals)
                 except torch.OutOfMemoryError as fault:
                     failed, reason = number, str(fault)
@@ -233,8 +246,8 @@ class Updater:
             loss = loss + config.distill_weight * divergence / max(totals.tokens, 1)
         loss.backward()
         logp_BC = logp_BC.detach()
-        finite = loss.detach().isfinite() & logp_BC[batch.mask_BC].isfinite().all()
-        entropy = entropy_BC[batch.mask_BC].sum()
+        finite = loss.detach().isfinite() & logp_BC.isfinite().all()  # 0 outside the mask
+        entropy = entropy_BC.sum()
         part = _Part(loss.detach(), entropy, divergence.detach(), finite, len(batch.rows), result.counts)
         return part, logp_BC
 

@@ -136,21 +136,22 @@ def adapter_bytes(run):
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_that_was_stopped_goes_on_bit_by_bit_and_its_report_of_the_start_stays(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_run_that_was_stopped_goes_on_bit_by_bit_and_its_report_of_the_start_stays(world, tmp_path, monkeypatch, at):
     settings = {"train__steps": 4, "train__eval_every": 0, "train__checkpoint_every": 3}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     straight = succeed(*train(world, whole, **settings))
     trained = Trainer.step
 
     def terminated(self, step):
-        if step == 2:  # the signal comes while step 2 runs, which is then abandoned or finished, and saved
+        if step == at:  # the signal comes while this step runs, which is given up; the one before is saved
             os.kill(os.getpid(), signal.SIGTERM)
         return trained(self, step)
 
     monkeypatch.setattr(Trainer, "step", terminated)
     stopped = command(*train(world, parts, **settings))
     assert stopped.code == 143
-    assert "stopped after step 1, which is saved; the same command with --resume goes on" in stopped.text
+    assert f"stopped after step {at - 1}, which is saved; the same command with --resume goes on" in stopped.text
     assert not (parts / "adapter").exists()
     monkeypatch.setattr(Trainer, "step", trained)
     resumed = succeed(*train(world, parts, "--resume", **settings))

@@ -5,7 +5,7 @@ import torch
 
 from qerl_compile.rl.advantages import group_advantages
 from qerl_compile.rl.rewards import Scores
-from qerl_compile.rl.step_metrics import length_metrics, mismatch_metrics, reward_metrics
+from qerl_compile.rl.step_metrics import length_metrics, reward_metrics
 
 NAN = math.nan
 
@@ -50,14 +50,3 @@ def test_when_nothing_ended_terminated_lengths_are_zero() -> None:
     metrics = length_metrics(torch.tensor([8, 8]), torch.tensor([False, False]))
     assert metrics["completions/clipped_ratio"] == 1.0
     assert metrics["completions/mean_terminated_length"] == 0.0
-
-
-def test_mismatch_counts_completion_tokens_only() -> None:
-    ours = torch.tensor([[-1.0, -2.0], [-3.0, 50.0]])
-    theirs = torch.tensor([[-1.5, -2.0], [-2.0, 0.0]])
-    mask = torch.tensor([[True, True], [True, False]])
-    assert mismatch_metrics(ours, theirs, mask) == {
-        "sampling/sampling_logp_difference/mean": 0.5,
-        "sampling/sampling_logp_difference/max": 1.0,
-    }
-    assert set(mismatch_metrics(ours, theirs, torch.zeros(2, 2, dtype=torch.bool)).values()) == {0.0}

@@ -205,3 +205,25 @@ def test_what_is_logged_agrees_with_the_log_probabilities():
         entropies = torch.cat([token_logps(trainer.model, b, 1.0)[1][b.mask_BC] for b in batches])
     update = trainer.updater.update(1, experience)
     assert update.metrics["entropy"] == pytest.approx(float(entropies.mean()), rel=1e-5)
+
+
+def test_a_later_update_that_is_not_finite_takes_the_earlier_ones_back():
+    trainer = trainer_with(updates_per_rollout=3)
+    experience = experience_of(trainer)
+    trainer.updater.update(1, experience)  # the optimizer has moments by now
+    before, moments = weights(trainer), [trainer.optimizer.state[p]["exp_avg"].clone() for p in trainer.parameters]
+    calls = []
+
+    class Spoiling(type(trainer.ranks)):
+        def sum_gradients(self, parameters):
+            calls.append(1)
+            if len(calls) == 2:
+                parameters[0].grad.fill_(math.nan)
+
+    trainer.updater.ranks = Spoiling()
+    assert not trainer.updater.update(2, experience).finite
+    assert len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
+    after = [trainer.optimizer.state[p]["exp_avg"] for p in trainer.parameters]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+    assert {int(trainer.optimizer.state[p]["step"]) for p in trainer.parameters} == {3}

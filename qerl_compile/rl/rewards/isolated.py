@@ -26,7 +26,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from qerl_compile.errors import TaskError
 from qerl_compile.rl.rewards import processes, wire
@@ -166,7 +166,8 @@ class IsolatedReward:
         hello = wire.decode(body) if body is not None else {}
         if "refused" in hello:
             self.close()
-            raise TaskError(**hello["refused"])
+            parts = hello["refused"]  # the worker refused the function in these words
+            raise TaskError(where=parts["where"], expected=parts["expected"], got=parts["got"], do=parts["do"])
         if "name" not in hello:
             self.close()
             raise TaskError(where=where, expected=expected, got=str(verdict.get("message")), do=do)
@@ -225,8 +226,8 @@ class IsolatedReward:
             start_new_session=True,
             env={**os.environ, **one_thread},  # numpy, which reasoning_gym imports, would start threads; then it forks
         )
-        assert process.stdin is not None and process.stdout is not None  # noqa: S101 - they are pipes
-        self._requests, self._verdicts, self.supervisor = process.stdin.fileno(), process.stdout.fileno(), process.pid
+        self._requests, self._verdicts = (pipe.fileno() for pipe in _pipes(process))
+        self.supervisor = process.pid
         os.set_blocking(self._requests, False)
         self._is_loaded = False
         self._end = weakref.finalize(self, _end, process, os.getpid())
@@ -262,15 +263,20 @@ def _read(reply: dict[str, Any], count: int) -> "Outcomes | _Failure":
     return Outcomes(each, metrics, extras)
 
 
+def _pipes(process: "subprocess.Popen[bytes]") -> tuple[IO[bytes], IO[bytes]]:
+    """Standard input and output, which are pipes."""
+    return cast("tuple[IO[bytes], IO[bytes]]", (process.stdin, process.stdout))
+
+
 def _end(process: "subprocess.Popen[bytes]", owner: int) -> None:
     """Ask a supervisor to end; kill it and what is below if it does not."""
     if os.getpid() != owner:  # a fork of the trainer that ends must not end the trainer's workers
         return
-    assert process.stdin is not None and process.stdout is not None  # noqa: S101 - they are pipes
+    requests, verdicts = _pipes(process)
     with contextlib.suppress(wire.ClosedError, wire.LateError):
-        wire.send(process.stdin.fileno(), wire.encode(wire.GOODBYE), time.monotonic() + 1)
-    process.stdin.close()
-    process.stdout.close()
+        wire.send(requests.fileno(), wire.encode(wire.GOODBYE), time.monotonic() + 1)
+    requests.close()
+    verdicts.close()
     try:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:

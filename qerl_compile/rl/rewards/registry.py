@@ -19,7 +19,7 @@ from qerl_compile.rl.answers import EXTRACTORS, Extractor
 from qerl_compile.rl.rewards.answer import AnswerReward, gsm8k
 from qerl_compile.rl.rewards.calling import RewardFunction, reward_name
 from qerl_compile.rl.rewards.isolated import MEMORY_GIB, IsolatedReward
-from qerl_compile.rl.tasks.task import Task
+from qerl_compile.rl.tasks.task import ARROW, Task
 
 BUILT_IN = ("answer", "gsm8k", "math")
 TIMEOUT_S = 10.0
@@ -80,7 +80,8 @@ def resolve_reward(
         raise TaskError(where="extractor", expected="a known rule", got=repr(extractor), do=do)
     if spec == "gsm8k":
         return gsm8k
-    if spec == "answer" and not task.spec.startswith("rg:"):
+    stages = [stage.strip() for stage in task.spec.split(ARROW)]  # of a curriculum; else the task itself
+    if spec == "answer" and not any(stage.startswith("rg:") for stage in stages):
         return AnswerReward(task, extractor)
     path, colon, name = spec.rpartition(":")
     if spec == "answer":
