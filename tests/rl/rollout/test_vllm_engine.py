@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 import math
 import subprocess
 import sys
@@ -13,18 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qerl_compile
-from qerl_compile.adapter_files import adapters_of, trained_norms_of
+from qerl_compile.adapter_files import adapters_of
 from qerl_compile.errors import CheckpointError, ModelError
-from qerl_compile.plan import make_plan
-from qerl_compile.recipe import Recipe
 from qerl_compile.rl.rollout.types import Sampling
 from qerl_compile.rl.rollout.vllm import VllmSampler
 from qerl_compile.rl.rollout.vllm_update import served_rank
 from qerl_compile.rl.rollout.vllm_worker import NormLoader
 from qerl_compile.rl.seeds import derive_seed
 from qerl_compile.transforming import resample_noise, transform
-from tests.models import dequantized_oracle, tiny_model
-from tests.rl.rollout.engines import PROMPTS, World, make_world, reset, vllm_sampler
+from tests.models import tiny_model
+from tests.rl.rollout.engines import PROMPTS, make_world, reset, vllm_sampler
 from tests.rl.rollout.fake_vllm import PROTOCOL, VERSIONS, fake_modules
 
 SAMPLED = Sampling(4, (2, 50), 0, seed=(1, "rollout", 3))
@@ -477,25 +474,3 @@ def test_importing_the_engines_imports_neither_vllm_nor_transformers():
     code = "import sys, qerl_compile.rl.rollout.vllm_worker; print({'vllm', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
-
-
-def test_trained_norms_are_pushed_like_noisy_ones_and_are_not_in_the_adapter(tmp_path):
-    recipe = Recipe.named("nvfp4-lora").model_copy(update={"trainable_norms": r".*\.input_layernorm"})
-    model = tiny_model("llama")
-    oracle = dequantized_oracle(model, make_plan(model, recipe))
-    model = transform(model, recipe, inner="eager")
-    qerl_compile.export(model, tmp_path / "base", target="vllm")
-    world = World(model, oracle, tmp_path / "base", pytest.MonkeyPatch())
-    try:
-        sampler = vllm_sampler(world)
-        with torch.no_grad():
-            for weight in trained_norms_of(model).values():
-                weight.add_(0.1)
-        request, metrics = sampler.update.push(sampler.llm)
-    finally:
-        reset(world)
-    assert metrics == {"rollout/norms": 2.0, "noise/rms_served": 0.0}
-    for path, weight in trained_norms_of(model).items():
-        assert torch.equal(sampler.llm.model.get_parameter(f"{path}.weight"), weight)
-    config = json.loads((Path(request.lora_path) / "adapter_config.json").read_text())
-    assert config["modules_to_save"] is None
