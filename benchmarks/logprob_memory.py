@@ -148,7 +148,7 @@ class Chunks(torch.autograd.Function):
 def function(policy: Any, teacher: Any, given: MicroBatch) -> Tensor:
     hidden_ND = completion_logits(policy, given).features_NX
     ids_N = given.ids_BS[:, -given.mask_BC.shape[1] :][given.mask_BC]
-    return Chunks.apply(hidden_ND, policy.lm_head.weight, ids_N)[0].sum()  # type: ignore[index]
+    return Chunks.apply(hidden_ND, policy.lm_head.weight, ids_N)[0].sum()
 
 
 COMPETITORS: dict[str, Callable[[Any, Any, MicroBatch], Tensor]] = {

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-TRAINED_NORM = "trained_weight"  # as passes/trained_norms.py names it in the module
+TRAINED_NORM = "trained_weight"  # the Parameter of a norm that is trained (passes/trained_norms.py)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ What this module does not do: merge, train several adapters, load from a hub, or
 transformed model is no use: it has its adapter).
 """
 
-import os
 import secrets
 import sys
 from collections.abc import Callable, Iterable
@@ -46,7 +45,7 @@ from qerl_compile.adapter_reading import read_adapter
 from qerl_compile.adapters_off import adapters_are_off, adapters_off, learned_parameters
 from qerl_compile.errors import ModelError
 from qerl_compile.graph import leaf_tensor
-from qerl_compile.staged_write import staged_directory
+from qerl_compile.staged_write import staged_directory, sync
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -405,8 +404,4 @@ def _write(model: nn.Module, directory: Path, base_name: str) -> None:
     for file in sorted(written.iterdir(), key=lambda file: file.name == CONFIG):  # the weights, then what says they are
         file.replace(directory / file.name)
     written.rmdir()
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(directory)

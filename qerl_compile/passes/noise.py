@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qerl_compile.adapter_files import TRAINED_NORM
 from qerl_compile.graph import Program
-from qerl_compile.passes.trained_norms import LEAF as TRAINED
 from qerl_compile.passes.widen import widen_reads
 
 
@@ -46,7 +46,7 @@ class Noise:
         """Rewrite every read of a site's weight."""
         for node in list(program.weights()):
             path, _, leaf = str(node.target).rpartition(".")
-            if leaf not in ("weight", TRAINED) or path not in self.sites:
+            if leaf not in ("weight", TRAINED_NORM) or path not in self.sites:
                 continue
             users = list(node.users)
             with program.graph.inserting_after(node):

@@ -25,10 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qerl_compile.adapter_files import TRAINED_NORM
 from qerl_compile.graph import Program, held_tensor, leaf_tensor
 from qerl_compile.passes.widen import widen_reads
-
-LEAF = "trained_weight"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class TrainedNorms:
     @staticmethod
     def state(module: nn.Module, weight: Tensor) -> None:
         """Give the norm a trainable float32 Parameter `trained_weight` [d] that starts as its weight."""
-        module.register_parameter(LEAF, nn.Parameter(weight.detach().to(torch.float32, copy=True)))
+        module.register_parameter(TRAINED_NORM, nn.Parameter(weight.detach().to(torch.float32, copy=True)))
 
     def __call__(self, program: Program) -> None:
         """Rewrite every read of a site's weight."""
@@ -49,12 +48,12 @@ class TrainedNorms:
             if leaf != "weight" or path not in self.sites:
                 continue
             with program.graph.inserting_after(node):
-                trained = program.weight(f"{path}.{LEAF}")
+                trained = program.weight(f"{path}.{TRAINED_NORM}")
             widen_reads(program, node, list(node.users), trained)
             program.graph.erase_node(node)
 
 
 def norm_weight(module: nn.Module) -> Tensor:
     """Return what a norm multiplies with when its noise is silent: float32 [d], its trained weight if it has one."""
-    trained = leaf_tensor(module, LEAF)
+    trained = leaf_tensor(module, TRAINED_NORM)
     return (held_tensor(module, "weight") if trained is None else trained).detach().float()

@@ -38,7 +38,7 @@ def check_parity(
     Args:
         model: what the trainer trains, its noise off.
         sampler: the rollout engine.
-        prompts: token ids; the first few are used.
+        prompts: token ids of a few prompts, such as PROMPTS of them.
         params: the temperature of the run.
         limit: largest mean.
         max_tokens: of a micro-batch.
@@ -47,7 +47,7 @@ def check_parity(
     Raises:
         ModelError: the mean is above the limit, or not a number.
     """
-    rollouts = sampler.generate(prompts[:PROMPTS], SAMPLES, params)
+    rollouts = sampler.generate(prompts, SAMPLES, params)
     batches = micro_batches(
         rollouts, torch.zeros(len(rollouts)), max_tokens=max_tokens, pad_id=params.pad_id, device=device, every_row=True
     )

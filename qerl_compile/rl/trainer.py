@@ -13,8 +13,8 @@ Rollout log-probabilities come from the noisy policy, so their difference from t
 silently matched nothing is how the method failed elsewhere (design/method.md, trap 2).
 
 *What a step changes* (adapters, optimizer, position in the task, counters) it changes at its end. A step that is
-abandoned, for want of finite numbers or because somebody wants the run to stop, has not happened: `state` is that of
-the last finished step, and a checkpoint of it goes on bit by bit.
+abandoned, for want of finite numbers or because somebody wants the run to stop, has not happened: `progress` is that
+of the last finished step, and a checkpoint of it goes on bit by bit.
 """
 
 import time
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from qerl_compile.adapter_files import trained_norms_of
 from qerl_compile.errors import ModelError, NotFiniteError
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl.answers import Extractor
@@ -34,7 +35,7 @@ from qerl_compile.rl.diagnosis import Diagnosis, Sample, Watch
 from qerl_compile.rl.dump import dump_batch
 from qerl_compile.rl.evaluate import Evaluation, evaluate
 from qerl_compile.rl.noise_schedule import NoiseSchedule
-from qerl_compile.rl.parity import check_parity
+from qerl_compile.rl.parity import PROMPTS, check_parity
 from qerl_compile.rl.prompts import PromptFormat, as_completion, end_token_ids, pad_token_id
 from qerl_compile.rl.ranks import Ranks
 from qerl_compile.rl.rewards import RewardFunction, score
@@ -104,8 +105,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.config = self.recipe.train
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.parameters = list(trained.values())
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise ModelError(
                 where="trainer",
@@ -121,7 +121,7 @@ class Trainer:
                 do="Pass --teacher MODEL, or set train.distill_weight=0.",
             )
         self.ranks.share(self.config.prompts_per_step)
-        self.optimizer = self._optimizer(trained)
+        self.optimizer = self._optimizer()
         self.schedule = NoiseSchedule.of(self.recipe.noise, self.config.steps)
         self.noise_sites = len(state_of(self.model).plan.noise)
         self.held_out = self.task.held_out(self.config.eval_size)
@@ -139,10 +139,11 @@ class Trainer:
             self.model, self.parameters, self.optimizer, self.config, self.pad_id, self.ranks, self.teacher
         )
 
-    def _optimizer(self, trained: dict[str, Any]) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW; weight decay pulls factors of LoRA towards zero, and must not pull norm weights there."""
-        factors = [p for name, p in trained.items() if name.rpartition(".")[2] in ("lora_A", "lora_B")]
-        norms = [p for name, p in trained.items() if name.rpartition(".")[2] not in ("lora_A", "lora_B")]
+        of_norms = {id(weight_D) for weight_D in trained_norms_of(self.model).values()}
+        factors = [parameter for parameter in self.parameters if id(parameter) not in of_norms]
+        norms = [parameter for parameter in self.parameters if id(parameter) in of_norms]
         groups = [{"params": factors}, {"params": norms, "weight_decay": 0.0}]
         return torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -199,7 +200,7 @@ class Trainer:
     def check_parity(self) -> dict[str, float]:
         """Compare rollouts with the trainer's log-probabilities, without noise; see `parity.py`."""
         resample_noise(self.model, 0.0)
-        prompts = [self.prompt.encode(self.tokenizer, row).ids for row in self.held_out]
+        prompts = [self.prompt.encode(self.tokenizer, row).ids for row in self.held_out[:PROMPTS]]
         return check_parity(
             self.model,
             self.engine,

@@ -33,7 +33,16 @@ from qerl_compile.errors import ModelError
 from qerl_compile.recipe import TrainConfig
 from qerl_compile.rl.collecting import Experience
 from qerl_compile.rl.learning_rate import learning_rate
-from qerl_compile.rl.losses import LOSSES, LossInputs, LossOptions, Mismatch, StepTotals, TokenCounts, correct
+from qerl_compile.rl.losses import (
+    LOSSES,
+    Correction,
+    LossInputs,
+    LossOptions,
+    Mismatch,
+    StepTotals,
+    TokenCounts,
+    correct,
+)
 from qerl_compile.rl.policy_batch import MicroBatch, micro_batches, split
 from qerl_compile.rl.ranks import Ranks
 from qerl_compile.rl.token_logps import token_logps, token_logps_and_kl
@@ -251,9 +260,9 @@ class Updater:
         part = _Part(loss.detach(), entropy, divergence.detach(), finite, len(batch.rows), result.counts)
         return part, logp_BC
 
-    def _correction(self, batch: MicroBatch, logp_BC: Tensor) -> Any:
-        how = {"how": self.config.correction, "level": self.config.correction_level, "cap": self.config.correction_cap}
-        return correct(logp_BC, batch.sampling_logp_BC, batch.mask_BC, **how)  # pyright: ignore[reportArgumentType]
+    def _correction(self, batch: MicroBatch, logp_BC: Tensor) -> Correction:
+        how, level, cap = self.config.correction, self.config.correction_level, self.config.correction_cap
+        return correct(logp_BC, batch.sampling_logp_BC, batch.mask_BC, how=how, level=level, cap=cap)
 
     def _as_old(self, batch: MicroBatch, logp_BC: Tensor) -> tuple[MicroBatch, Mismatch]:
         """Return the batch with what later updates compare with, and how far the sampler was from the trainer."""

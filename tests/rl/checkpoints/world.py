@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qerl_compile.passes.trained_norms import LEAF
+from qerl_compile.adapter_files import TRAINED_NORM
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl.checkpoints import Identity, Progress, identity, latest, restore, save
 
@@ -38,10 +38,10 @@ class Norm(nn.Module):
     def __init__(self, d: int = 3) -> None:
         super().__init__()
         self.register_parameter("weight", nn.Parameter(torch.ones(d, dtype=torch.bfloat16), requires_grad=False))
-        self.register_parameter(LEAF, nn.Parameter(torch.ones(d)))
+        self.register_parameter(TRAINED_NORM, nn.Parameter(torch.ones(d)))
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        return x_BD * self.get_parameter(LEAF)
+        return x_BD * self.get_parameter(TRAINED_NORM)
 
 
 class Toy(nn.Module):
