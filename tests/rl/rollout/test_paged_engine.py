@@ -169,10 +169,14 @@ def test_bf16_log_probabilities_differ_by_rounding_only():
 def test_positions_given_to_the_model_are_those_of_each_sequence_alone():
     """Rotary embeddings forgive a shift, so no token would show a mistake here; learned positions would not."""
     model, seen = models("llama")[0], []
-    hook = model.register_forward_pre_hook(lambda _, __, given: seen.append(given["position_ids"]), with_kwargs=True)
+
+    def look(_, __, given):
+        seen.append(given["position_ids"].tolist())  # at once: a step changes them in place
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
     paged().generate([(5, 6, 7), (8,)], 1, Sampling(3, (), 0))
     hook.remove()
-    assert [ids.tolist() for ids in seen] == [[[0, 1, 2, 0]], [[3], [1]], [[4], [2]]]
+    assert seen == [[[0, 1, 2, 0]], [[3], [1]], [[4], [2]]]
 
 
 def test_no_more_rows_than_asked_for_run_together():
