@@ -14,8 +14,9 @@ An idle line goes on drawing tokens that nobody reads: into its column `drawn`, 
 **Few launches.** All that comes after the logits is one function of tensors, `advance`, which Inductor compiles where
 steps are captured and the model's own graphs are Inductor's too. Written as PyTorch it is some seventy operators of a
 few microseconds, whatever the model; a step of a 7B model takes 3.4 ms. What the model is fed lies ready in `Rows`, so
-nothing comes before it. Lines are passed as views of the first B, and written by indexed assignment, which Inductor
-does in place; a scatter it would do on a copy of all completions.
+nothing comes before it, and what it runs beside its layers is compiled by leaves.py. Lines are passed as views of the
+first B, and written by indexed assignment, which Inductor does in place; a scatter it would do on a copy of all
+completions.
 
 Graphs are keyed by the batch size and by what is fixed in their code (temperature, truncation). Limits, end tokens,
 adapters, noise and everything in `Rows` are read from memory at each replay.
@@ -34,6 +35,7 @@ from torch import Tensor
 from qerl_compile.isolation import isolated, mark_dynamic
 from qerl_compile.rl.rollout.cache import DecodeView, PagedCache
 from qerl_compile.rl.rollout.drawing import draw
+from qerl_compile.rl.rollout.leaves import calling, compiled_leaves
 from qerl_compile.rl.rollout.types import Sampling
 
 Drawing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -184,6 +186,7 @@ class DecodeStep:
         inner = getattr(getattr(model, "qerl", None), "inner", None)
         # Truncated draws sort the vocabulary or take its top: PyTorch's kernels either way, and most of the time.
         self.fused = graphs and inner == "inductor" and not params.truncated
+        self.leaves = compiled_leaves(model) if graphs or rows.token_R.is_cuda else {}
         self._advance = isolated(advance, "inductor") if self.fused else advance
 
     def run(self, size: int) -> None:
@@ -197,13 +200,14 @@ class DecodeStep:
 
     def _step(self, size: int) -> None:
         lines = self.rows.first(size)
-        output = self.model(
-            input_ids=lines.token_R[:, None],
-            position_ids=lines.position_R[:, None],
-            use_cache=False,
-            qerl_cache=DecodeView(self.cache, lines.table_RP, lines.length_R),
-            logits_to_keep=1,
-        )
+        with calling(self.leaves):
+            output = self.model(
+                input_ids=lines.token_R[:, None],
+                position_ids=lines.position_R[:, None],
+                use_cache=False,
+                qerl_cache=DecodeView(self.cache, lines.table_RP, lines.length_R),
+                logits_to_keep=1,
+            )
         logits_BV = output.logits[:, -1]
         if self.fused:
             _mark_dynamic(lines, logits_BV)

@@ -1,8 +1,10 @@
 """What a step does to the lines: by hand, and compiled against eager. The engine's tests run it with a model."""
 
+import math
 import re
 from functools import partial
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -98,32 +100,33 @@ def test_a_step_of_some_lines_leaves_the_others_and_every_tensor_where_it_was():
     assert same([line[:2] for line in before], [line[:2] for line in made.lines()])
 
 
-class Walk:
+class Walk(torch.nn.Module):
     """A model without attention: the logits of a token at a position are a line of a table."""
 
     def __init__(self, inner, vocabulary):
-        self.qerl = SimpleNamespace(inner=inner)
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Identity()])
+        self.qerl = SimpleNamespace(inner=inner, plan=SimpleNamespace(layers=("layers.0",)))
         generator = torch.Generator().manual_seed(0)
         self.table = 3 * torch.randn(vocabulary, vocabulary, generator=generator)
 
-    def __call__(self, input_ids, position_ids, **_):
+    def forward(self, input_ids, position_ids, **_):
         assert input_ids.shape == position_ids.shape == (len(input_ids), 1)
         return SimpleNamespace(logits=self.table[(input_ids + position_ids) % len(self.table)])
 
 
 def walk(inner, temperature, shapes):
     """Run lines to their ends, for each (lines, of a step, columns); return what became of them."""
-    model, ends = Walk(inner, 600), (3, 5, *range(0, 600, 40))[:16]
-    found, made = [], None
+    ends = (3, 5, *range(0, 600, 40))[:16]
+    cache: Any = SimpleNamespace(keys=[], values=[])
+    step = DecodeStep(Walk(inner, 600), cache, lines(1, 1, limit=1), Sampling(1, ends, 0, temperature), graphs=True)
+    found = []
     for rows, size, columns in shapes:
         made = lines(rows, columns, limit=columns - 1, ends=ends)
         generator = torch.Generator().manual_seed(rows)
         made.uniform_RC.copy_(torch.rand(rows, columns, generator=generator, dtype=torch.float64))
         length = torch.randint(0, 9, (rows,), generator=generator)  # some are idle from the start
         set_all(made, length_R=length.tolist(), position_R=(length - 1).clamp(min=0).tolist())
-        if not found:
-            params = Sampling(columns, ends, 0, temperature)
-            step = DecodeStep(model, SimpleNamespace(keys=[], values=[]), made, params, graphs=True)
         step.rows = made
         for _ in range(columns):
             step._step(size)  # what a CUDA graph captures
@@ -159,6 +162,22 @@ def test_without_code_generation_every_bit_is_that_of_the_eager_step():
         assert not same(one.lines(), other.lines())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_compiled_steps_too_show_logits_that_are_not_finite_and_take_the_first_of_equals(temperature):
+    drawing = partial(draw, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
+    logits_BV = torch.zeros(5, 1300)
+    logits_BV[0, 700], logits_BV[1, 3], logits_BV[2] = math.nan, math.inf, -math.inf
+    logits_BV[3, 600:] = 200.0  # the rest has no mass in float32
+    for function in (advance, isolated(advance, "inductor")):
+        made = lines(5, 4, limit=4)
+        set_all(made, length_R=[1] * 5)
+        function(made, logits_BV, drawing)
+        assert made.logps_RC[:, 0].isnan().tolist() == [True, True, True, False, False]
+        assert made.token_R[3:].tolist() == [600, 0]  # the first of equals, and what is drawn at 0
+        assert made.token_R.max() < 1300
+        assert made.token_R.min() >= 0
+
+
 def test_completions_are_written_in_place_and_not_copied():
     def scattering(made, logits_BV, drawing):
         token_B, _ = drawing(logits_BV, made.uniform_RC[:, 0])
@@ -175,7 +194,7 @@ def test_completions_are_written_in_place_and_not_copied():
 @pytest.mark.parametrize("inner", ["inductor", "eager", None])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_step_is_compiled_where_it_is_captured_and_sorts_nothing(change, inner, graphs):
-    model = Walk(inner, 8) if inner else SimpleNamespace()
-    step = DecodeStep(model, None, lines(2, 2, limit=2), Sampling(2, (), 0, **change), graphs=graphs)
+    model, cache = Walk(inner, 8) if inner else SimpleNamespace(), None
+    step = DecodeStep(model, cast("Any", cache), lines(2, 2, limit=2), Sampling(2, (), 0, **change), graphs=graphs)
     assert step.fused == (graphs and inner == "inductor" and (not change or "temperature" in change))
     assert (step._advance is advance) == (not step.fused)
