@@ -63,7 +63,10 @@ def measure(options: argparse.Namespace) -> None:
     trainer = Trainer(
         model, words(), recipe, Task(), [reward], PromptFormat(), "text", lambda row: None, ranks=ranks
     )  # fmt: skip
-    rows = [trainer.step(step) for step in range(1, options.steps + 1)]
+    rows = []
+    for step in range(1, options.steps + 1):
+        rows.append(trainer.step(step))
+        print(f"rank {ranks.rank}: step {step} took {rows[-1]['step_time']:.2f} s", flush=True)
     adapters = [parameter.detach().cpu() for parameter in trainer.parameters]
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in adapters)).digest()
     mine = torch.tensor(list(digest), dtype=torch.float64)[None]
