@@ -87,7 +87,7 @@ class QuantizeRule(Part):
         if self.weights == "trained" and (self.scales != "amax" or self.rounding != "nearest"):
             given = f"{self.scales} and {self.rounding}"
             raise ValueError(
-                f"scales amax and rounding nearest where weights are trained, as every step rounds; {given}"
+                f"amax and nearest where weights are trained, as every step rounds; {given}"
             )
         return self
 
