@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from qerl_compile.errors import GraphError, ModelError
-from qerl_compile.formats.nvfp4 import PackedNVFP4, quantize_group
+from qerl_compile.formats.nvfp4 import PackedNVFP4
 from qerl_compile.graph import clear_owner, held_tensor, set_owner
-from qerl_compile.passes import LoRA, Noise, Quantize, TrainedNorms
+from qerl_compile.passes import LoRA, Noise, Quantize, Sparsify, TrainedNorms
 from qerl_compile.passes.adapt import DERIVED as OF_ROLLOUTS
-from qerl_compile.passes.quantize import add_ghost, derived_decode_scale, share_storage
+from qerl_compile.passes.quantize import INPUT_SCALES, add_ghost, derived_decode_scale, share_storage
+from qerl_compile.passes.sparsify import sparse_2_4
 from qerl_compile.plan import Plan
 
 
@@ -51,15 +52,28 @@ class Attacher:
 
     def _pack(self, members: Iterable[str]) -> None:
         weights = {member: self._waiting.pop(member) for member in members}
-        for member, packed in quantize_group(weights).items():
+        site = self.plan.quantize[next(iter(weights))]  # that of all members
+        sparse = {path: sparse_2_4(w) if path in self.plan.sparse else w for path, w in weights.items()}
+        for member, packed in site.pack(sparse).items():
             self.packed(member, packed, self._dtypes.pop(member))
 
-    def packed(self, path: str, packed: PackedNVFP4, dtype: torch.dtype) -> None:
-        """Take an already packed weight; `dtype` is what the model computes in."""
-        Quantize.state(self.model.get_submodule(path), packed, dtype)
+    def packed(self, path: str, packed: PackedNVFP4, dtype: torch.dtype, *, input_scale: Tensor | None = None) -> None:
+        """Take an already packed weight.
+
+        Args:
+            path: module path.
+            packed: its weight.
+            dtype: what the model computes in.
+            input_scale: calibrated scale of the module's input, float32 [1], in the direction of the weight's scalar;
+                kept for exports.
+        """
+        module = self.model.get_submodule(path)
+        Quantize.state(module, packed, dtype)
+        if input_scale is not None:
+            module.register_buffer(INPUT_SCALES[packed.direction], input_scale)
 
     def finish(self) -> Plan:
-        """Attach adapters, trained norms and noise, link, freeze all else; return the plan as carried out.
+        """Attach adapters, trained weights and norms, and noise, link, freeze all else; return the plan as carried out.
 
         Groups whose members came packed with unequal global scales are dropped from the plan: one GEMM has one scale.
         If some members came packed and others dense, the dense ones share an amax among themselves.
@@ -70,6 +84,11 @@ class Attacher:
                 self._pack(left)
         plan = replace(self.plan, groups=tuple(group for group in self.plan.groups if self._one_scale(group)))
         self.model.requires_grad_(False)
+        for path in plan.sparse:
+            if path not in plan.quantize:
+                Sparsify.state(self.model.get_submodule(path), trained=path in plan.trained_weights)
+        for path in plan.trained_weights:
+            self.model.get_submodule(path).get_parameter("weight").requires_grad_(True)
         generator = torch.Generator().manual_seed(self.seed)
         for path, site in plan.lora.items():
             module = self.model.get_submodule(path)
@@ -86,7 +105,7 @@ class Attacher:
         return plan
 
     def _one_scale(self, group: tuple[str, ...]) -> bool:
-        scales = [self.model.get_submodule(path).get_buffer("weight_global_scale") for path in group]
+        scales = [derived_decode_scale(self.model.get_submodule(path)) for path in group]
         return all(scale.is_meta or torch.equal(scale, scales[0]) for scale in scales)
 
 
@@ -96,7 +115,7 @@ def link(model: nn.Module, plan: Plan) -> None:
         add_ghost(model.get_submodule(path))
     for group in plan.groups:
         share_storage([model.get_submodule(path) for path in group])
-    for path in {*plan.quantize, *plan.lora, *plan.noise, *plan.trained_norms}:
+    for path in plan.owners():
         module = model.get_submodule(path)
         set_owner(held_tensor(module, "weight"), module)
 
@@ -107,7 +126,7 @@ def unlink(model: nn.Module, plan: Plan) -> None:
     What rollouts derive (stacked_adapters.py) is dropped too, and made again by the next rollout.
     """
     dense = [path for group in plan.dense_groups for path in group]
-    for path in {*plan.quantize, *plan.lora, *plan.noise, *plan.trained_norms, *dense}:
+    for path in {*plan.owners(), *dense}:
         clear_owner(held_tensor(model.get_submodule(path), "weight"))
     for path in {*plan.quantize, *plan.lora, *dense}:
         ghost = ("weight",) if path in plan.quantize else ()

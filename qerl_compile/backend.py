@@ -7,7 +7,8 @@ named backend for models that we do not own, found by torch through an entry poi
     torch.compile(model, backend="qerl", options={"recipe": {...}, "inner": "aot_eager"})
 
 The named backend sees a graph and no module. It can quantize in the graph, with gradients to the ordinary weights,
-but it saves no memory and owns no state: lora and noise rules need state, so they are errors that name `transform`.
+but it saves no memory and owns no state: rules that need state (lora, noise, sparsity, searched scales) are errors that
+name `transform`.
 
 Inner compilers: `inductor` (default), `aot_eager` (AOTAutograd without code generation), `eager` (the FX graph as it
 is).
@@ -174,13 +175,20 @@ def _quantize_rules(given: Any) -> Recipe:
     if given is None:
         return Recipe.named("qerl-nvfp4-aqn").model_copy(update={"lora": (), "noise": None})
     recipe = Recipe.resolve(given)
-    owners = (("lora", recipe.lora), ("noise", recipe.noise), ("trainable_norms", recipe.trainable_norms))
-    stateful = [key for key, rules in owners if rules]
+    owners = {
+        "lora": recipe.lora,
+        "noise": recipe.noise,
+        "trainable_norms": recipe.trainable_norms,
+        "sparsify": recipe.sparsify,
+        "calibration": recipe.calibration,
+        "scales or rounding": [rule for rule in recipe.quantize if (rule.scales, rule.rounding) != ("amax", "nearest")],
+    }
+    stateful = [key for key, rules in owners.items() if rules]
     if stateful:
         raise RecipeError(
             where=f"recipe {recipe.name!r}: {stateful[0]}",
-            expected="quantize rules only, since the bare backend sees a graph and owns no state",
+            expected="plain quantize rules only, since the bare backend sees a graph and owns no state",
             got=f"{' and '.join(stateful)} rules",
-            do="Use qerl_compile.transform(model, recipe), which owns adapters and noise.",
+            do="Use qerl_compile.transform(model, recipe), which owns adapters, noise and what is chosen from weights.",
         )
     return recipe

@@ -30,7 +30,7 @@ def layer_stages(model: Any, recipe: Recipe, layer: int = 0, *, recompute: bool 
         GraphError: there is no such layer.
         RecipeError, FormatError: as `transform`.
     """
-    plan = make_plan(model, recipe)
+    plan = make_plan(model, recipe, calibrating=True)  # sample text would choose numbers, and there are none here
     if layer >= len(plan.layers):
         raise GraphError(
             where=f"layer {layer}",

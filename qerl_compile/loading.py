@@ -7,13 +7,14 @@
                as soon as its group (q/k/v, gate/up) is complete, and its bf16 form dropped
     finish     ties, adapters, noise, freezing, compilation
 
-The peak is the packed model plus the largest group. A directory that is packed already (our own exports, in
-compressed-tensors' NVFP4A16 layout) is read as it is, without requantizing. A model is never half loaded: any fault
-raises before the caller has an object.
+The peak is the packed model plus the largest group. A directory that is packed already (by us, llm-compressor, ModelOpt
+or torchao) is read as it is, without requantizing; layouts/ says which tensors are what. A model is never half loaded:
+any fault raises before the caller has an object.
 
-What this module does not do: other quantized layouts, or sharding over devices.
+What this module does not do: quantized formats other than NVFP4, or sharding over devices.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -27,15 +28,19 @@ from qerl_compile.attach import Attacher
 from qerl_compile.checkpoint_dir import CheckpointDirectory, open_checkpoint
 from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
 from qerl_compile.errors import CheckpointError, ModelError
-from qerl_compile.formats.nvfp4 import PackedNVFP4
+from qerl_compile.layouts import Layout, layout_of
+from qerl_compile.layouts.packed_linear import SCALAR, Form, positive_scalar
 from qerl_compile.model import TransformState, become_qerl
 from qerl_compile.model_source import resolve_model
 from qerl_compile.passes import LoraSite
-from qerl_compile.plan import make_plan
+from qerl_compile.plan import Plan, make_plan
 from qerl_compile.recipe import Recipe
+from qerl_compile.safetensors_header import ELEMENT_BYTES
 from qerl_compile.transforming import RecipeLike, check_options
+from qerl_compile.wording import listed, refuse_checkpoint, shown
 
-PACKED = ("weight_packed", "weight_scale", "weight_global_scale")
+OTHER_CONFIG = "Check that config.json belongs to these weights."
+DENSE_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def load(
@@ -68,7 +73,7 @@ def load(
         The transformers model, transformed.
 
     Raises:
-        CheckpointError: the directory is damaged, hostile or does not fit its config.
+        CheckpointError: the directory is damaged, hostile, of a format that is not read, or does not fit its config.
         ModelError: torch cannot use the device.
         RecipeError, FormatError, GraphError: as `transform`.
     """
@@ -77,15 +82,18 @@ def load(
     root = model_directory(path_or_id)
     checkpoint = open_checkpoint(root, trust_remote_code=trust_remote_code)
     device = usable_device(device)
+    layout = layout_of(checkpoint)
     model = _empty_model(checkpoint, dtype)
-    packed = _packed_modules(checkpoint)
-    tied = _check_names(model, checkpoint, packed)
+    tied = _check_tensors(model, checkpoint, layout)
     adapters = None if adapter is None else _adapter_sites(adapter)
     norms = None if adapter is None else adapter_norms(adapter) or None
-    plan = make_plan(model, recipe, packed=packed, adapters=adapters, trained_norms=norms)
+    plan = make_plan(model, recipe, packed=frozenset(layout.linears), adapters=adapters, trained_norms=norms)
+    _refuse_uncalled(checkpoint, layout, plan)
+    for note in layout.notes:
+        warnings.warn(f"{root}, {layout.label}: {note}", stacklevel=2)
     attacher = Attacher(model, plan, seed=seed)
     with torch.no_grad():
-        _stream(model, checkpoint, attacher, device, tied)
+        _stream(model, checkpoint, layout, attacher, device, tied)
         _move_buffers(model, device)
     model.tie_weights()
     plan = attacher.finish()
@@ -99,7 +107,9 @@ def load(
 
 def empty_model(path_or_id: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
     """Build the model of a checkpoint without its weights: parameters are on the meta device."""
-    return _empty_model(open_checkpoint(model_directory(path_or_id)), dtype)
+    checkpoint = open_checkpoint(model_directory(path_or_id))
+    layout_of(checkpoint)  # refuses what `load` would refuse
+    return _empty_model(checkpoint, dtype)
 
 
 def model_directory(path_or_id: str | PathLike[str]) -> Path:
@@ -140,7 +150,6 @@ def _empty_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> 
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    _refuse_foreign_quantization(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint.root)
         if hasattr(config, "quantization_config"):
@@ -161,102 +170,110 @@ def _empty_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> 
     return model
 
 
-def _refuse_foreign_quantization(checkpoint: CheckpointDirectory) -> None:
-    given = checkpoint.config.get("quantization_config")
-    if given is None:
-        return
-    method = given.get("quant_method") if isinstance(given, Mapping) else given
-    number_format = given.get("format") if isinstance(given, Mapping) else None
-    if (method, number_format) != ("compressed-tensors", "nvfp4-pack-quantized"):
-        raise CheckpointError(
-            where=f"{checkpoint.root / 'config.json'}: quantization_config",
-            expected="no quantization, or compressed-tensors' nvfp4-pack-quantized",
-            got=f"quant_method {method!r}, format {number_format!r}",
-            do="Start from the bf16 checkpoint of this model.",
-        )
-    groups = given.get("config_groups") or {}
-    if any(isinstance(group, Mapping) and group.get("input_activations") for group in groups.values()):
-        raise CheckpointError(
-            where=f"{checkpoint.root / 'config.json'}: quantization_config.config_groups",
-            expected="weight-only quantization (NVFP4A16)",
-            got="quantized input activations (W4A4)",
-            do="Use an NVFP4A16 checkpoint, or the bf16 one.",
-        )
-
-
-def _packed_modules(checkpoint: CheckpointDirectory) -> frozenset[str]:
-    """Return the modules that the checkpoint holds packed; each must have all three tensors."""
-    modules = {name.removesuffix(".weight_packed") for name in checkpoint.tensors if name.endswith(".weight_packed")}
-    for module in sorted(modules):
-        missing = [leaf for leaf in PACKED if f"{module}.{leaf}" not in checkpoint.tensors]
-        if missing:
-            raise CheckpointError(
-                where=f"{checkpoint.root}: {module}",
-                expected=f"the tensors {', '.join(PACKED)}",
-                got=f"no {', '.join(missing)}",
-                do="Export the checkpoint again.",
-            )
-    return frozenset(modules)
-
-
-def _check_names(model: nn.Module, checkpoint: CheckpointDirectory, packed: frozenset[str]) -> dict[str, str]:
-    """Compare names and shapes with the model before reading; return `{tied name: name that holds the tensor}`."""
+def _check_tensors(model: nn.Module, checkpoint: CheckpointDirectory, layout: Layout) -> dict[str, str]:
+    """Compare names, shapes and dtypes with the model before reading; return `{tied name: name of its holder}`."""
+    modules = dict(model.named_modules())
+    for path, linear in layout.linears.items():
+        if not isinstance(modules.get(path), nn.Linear):
+            where = f"{checkpoint.tensors[linear.codes].file}: tensor {shown(linear.codes)}"
+            got = type(modules[path]).__name__ if path in modules else "no such module"
+            refuse_checkpoint(where, f"packed weights of linears; {shown(path)} to be one", got, do=OTHER_CONFIG)
+    forms: dict[str, Form] = {}
+    for name, (owner, _) in layout.kv_scales.items():
+        if owner in modules:  # otherwise the name is a surplus one
+            forms[name] = SCALAR
     holders: dict[int, str] = {}
     tied: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        module, _, leaf = name.rpartition(".")
-        if module in packed and leaf == "weight":
-            rows, columns = tensor.shape
-            shapes |= {f"{module}.weight_packed": (rows, columns // 2), f"{module}.weight_scale": (rows, columns // 16)}
-            shapes[f"{module}.weight_global_scale"] = (1,)
-        elif id(tensor) in holders:
+        path, _, leaf = name.rpartition(".")
+        if id(tensor) in holders:
             tied[name] = holders[id(tensor)]
+            _refuse_tied(checkpoint, layout, name, tied[name])
+            continue
+        holders[id(tensor)] = name
+        if path in layout.linears and leaf == "weight":
+            forms |= layout.linears[path].forms(*tensor.shape)
         else:
-            holders[id(tensor)] = name
-            shapes[name] = tuple(tensor.shape)
-    compare_names(list(shapes), list(checkpoint.tensors), where=str(checkpoint.root), optional=tied)
-    for name, shape in shapes.items():
+            floating = tensor.is_floating_point()
+            forms[name] = Form((tuple(tensor.shape),), DENSE_DTYPES if floating else tuple(ELEMENT_BYTES))
+    found = list(checkpoint.tensors)
+    compare_names(list(forms), found, where=str(checkpoint.root), optional=tied, ignored=layout.unread)
+    for name, form in forms.items():
         entry = checkpoint.tensors[name]
-        if entry.shape != shape:
-            raise CheckpointError(
-                where=f"{entry.file}: tensor {name!r}",
-                expected=f"shape {list(shape)}, from config.json",
-                got=f"shape {list(entry.shape)}",
-                do="Check that config.json belongs to these weights.",
+        where = f"{entry.file}: tensor {shown(name)}"
+        if entry.shape not in form.shapes:
+            wanted = " or ".join(str(list(shape)) for shape in form.shapes)
+            refuse_checkpoint(where, f"shape {wanted}, from config.json", f"shape {list(entry.shape)}", do=OTHER_CONFIG)
+        if entry.dtype not in form.dtypes:
+            do = (
+                "Convert it, or start from the bf16 checkpoint of this model; NVFP4 is the one packed format read here."
             )
+            refuse_checkpoint(where, f"dtype {' or '.join(form.dtypes)}", entry.dtype, do=do)
     return tied
 
 
+def _refuse_tied(checkpoint: CheckpointDirectory, layout: Layout, *names: str) -> None:
+    for name in names:
+        linear = layout.linears.get(name.removesuffix(".weight"))
+        if linear is not None:
+            refuse_checkpoint(
+                f"{checkpoint.tensors[linear.codes].file}: tensor {shown(linear.codes)}",
+                f"dense weights where config.json ties them: {' and '.join(names)}",
+                "a packed one",
+                do="Set tie_word_embeddings to false if the head has a weight of its own, or leave the head dense.",
+            )
+
+
+def _refuse_uncalled(checkpoint: CheckpointDirectory, layout: Layout, plan: Plan) -> None:
+    uncalled = [path for path in layout.linears if path not in plan.quantize]
+    if uncalled:
+        refuse_checkpoint(
+            str(checkpoint.tensors[layout.linears[uncalled[0]].codes].file),
+            "packed weights of linears that a decoder layer calls",
+            f"{len(uncalled)} that none calls: {listed(uncalled)}",
+            do="Leave these modules dense when quantizing.",
+        )
+
+
 def _tensors(checkpoint: CheckpointDirectory, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor in file order, on the device, checked for NaN and Inf."""
+    """Yield every tensor in file order, on the device."""
     from safetensors import safe_open
 
     for shard in checkpoint.shards:
         with safe_open(shard, framework="pt", device=str(device)) as reader:
             for name, entry in checkpoint.tensors.items():
                 if entry.file == shard:
-                    yield name, finite_or_raise(name, reader.get_tensor(name), shard)
+                    yield name, reader.get_tensor(name)
 
 
 def _stream(
     model: nn.Module,
     checkpoint: CheckpointDirectory,
+    layout: Layout,
     attacher: Attacher,
     device: torch.device,
     tied: Mapping[str, str],
 ) -> None:
     dense_dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
+    files = {name: entry.file for name, entry in checkpoint.tensors.items()}
+    owners = {name: path for path, linear in layout.linears.items() for name in linear.names}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _tensors(checkpoint, device):
+        if name in layout.unread:
+            continue
         path, _, leaf = name.rpartition(".")
-        if leaf in PACKED and f"{path}.weight" in dense_dtypes:
+        if name in owners:
+            path = owners[name]
             mine = parts.setdefault(path, {})
-            mine[leaf] = tensor
-            if len(mine) == len(PACKED):
-                packed = PackedNVFP4(*(mine[part] for part in PACKED), direction="divisor")
-                attacher.packed(path, packed, dense_dtypes[f"{path}.weight"])
-                del parts[path]
+            mine[name] = tensor
+            if len(mine) == len(layout.linears[path].names):
+                packed, input_scale = layout.linears[path].assemble(parts.pop(path), files)
+                attacher.packed(path, packed, dense_dtypes[f"{path}.weight"], input_scale=input_scale)
+            continue
+        finite_or_raise(name, tensor, files[name])
+        if name in layout.kv_scales:
+            owner, leaf = layout.kv_scales[name]
+            model.get_submodule(owner).register_buffer(leaf, positive_scalar(name, {name: tensor}, files))
         elif leaf == "weight" and path in attacher.plan.quantize:
             attacher.weight(path, tensor, dtype=dense_dtypes[name])
         elif name not in tied:  # a tied copy in the file repeats what its holder has

@@ -7,8 +7,10 @@
     to, half, cuda …   a move to a device moves what is owned and derives the links anew; a change of dtype is refused,
                        since it would cast block scales and adapters
     copy.deepcopy      copies what is owned, derives the links, compiles afresh
-    save_pretrained    writes the adapter, for a model that has one is a PeftModel as well (peft_face.py); without one
-                       refused, naming the exporters: the state_dict holds packed tensors that only they describe
+    save_pretrained    writes the adapter, for a model that has one is a PeftModel as well (peft_face.py). Without one a
+                       model that holds nothing packed, such as one whose full weights are trained, is an ordinary
+                       dense model, and Hugging Face saves it; a packed one is refused, naming the exporters: its
+                       state_dict holds tensors that only they describe
     gradient_checkpointing_enable, activation_checkpointing_enable
                        switch the recompute pass on (Hugging Face's own would hide the linears); a model that comes
                        with it switched on gets the pass instead
@@ -95,8 +97,11 @@ class QerlModel(nn.Module):
         new.compile_graphs()
         return new
 
-    def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> None:
-        """Refuse a model without adapters: see the module's essay."""
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save a model without adapters and without packed weights; refuse a packed one: see the module's essay."""
+        if not self.qerl.plan.quantize:
+            super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return
         raise ModelError(
             where=f"save_pretrained({str(save_directory)!r})",
             expected="an exporter, since packed tensors need their format written beside them",

@@ -1,15 +1,22 @@
 """The plan: which module gets what, decided from the recipe and the captured graph before any weight is read.
 
-    recipe rules × module tree  →  sites to quantize, groups to fuse, adapters, noisy and trained norms
+    recipe rules × module tree  →  sites to quantize, groups to fuse, weights to train or to thin out, adapters, norms
 
-Rules select by full module path (`re.fullmatch`), and within a list the first match wins. What may be selected is a
-graph fact: linears that a decoder layer calls, norms that feed them. A rule that selects nothing is an error, not a
-silent no-op, because that is how noise was never applied in the field (design/method.md, trap 2).
+Rules select by full module path (rule_matching.py). What may be selected is a graph fact: linears that a decoder layer
+calls, norms that feed them.
 
-A *group* is the quantized linears of one layer that read the same input (q/k/v, gate/up). Its members are quantized
-with one shared amax, since serving engines fuse them and keep one global scale, and the fuse pass makes them one
-GEMM. Linears that share an input and stay dense are a *dense group*: one GEMM too, but in rollouts only, where it is
-worth relaying their weights.
+A *group* is the quantized linears of one layer that read the same input (q/k/v, gate/up) and are quantized alike. Its
+members are quantized with one shared amax, since serving engines fuse them and keep one global scale, and the fuse pass
+makes them one GEMM. Linears whose full weights are trained (`weights: trained`) form *trained groups* for the same
+reason: an export packs them so. Linears that share an input and are neither are a *dense group*: one GEMM too, but in
+rollouts only, where it is worth relaying their weights.
+
+A linear is packed or trained or neither, never both. Full weights and adapters are not trained together: what a run
+saves is either an adapter or a model. What a checkpoint holds packed already stays as it is: its full weights are gone,
+so nothing can train them or take weights out of them, and what its rules say of scales and rounding is past.
+
+Some rules need sample text (GPTQ, Wanda, AWQ, input and cache scales). They are refused here unless the caller says
+that he has it (calibrating/), so that `transform` and `load` never quietly round to nearest instead.
 
 Noise that a recipe switches off (`noise.enabled: false`) has no sites: the graphs then hold no trace of it, and a run
 with it off is the run of a recipe that never had it. Its rule is still matched, so that it can be switched on.
@@ -17,18 +24,18 @@ with it off is the run of a recipe that never had it. Its rule is still matched,
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from qerl_compile.errors import FormatError, RecipeError
 from qerl_compile.formats.nvfp4 import BLOCK
-from qerl_compile.passes import LoraSite
+from qerl_compile.passes import LoraSite, QuantizeSite
+from qerl_compile.passes.sparsify import check_fours
 from qerl_compile.recipe import Recipe
 from qerl_compile.regions import LayerFacts, capture
+from qerl_compile.rule_matching import first_matches, matching
 
 
 @dataclass(frozen=True)
@@ -37,25 +44,36 @@ class Plan:
 
     Attributes:
         layers: the decoder layers, in order; each is compiled as a region.
-        quantize: module path → format of every linear to pack.
-        groups: tuples of `quantize` paths that share an input, hence one amax and one GEMM.
+        quantize: module path → how it is packed, of every linear to pack.
+        groups: tuples of `quantize` paths that share an input and a site, hence one global scale and one GEMM.
         lora: module path → adapter.
         noise: norms that get a noise buffer; 2 per layer on Qwen2 and Llama.
         trained_norms: norms whose weight is trained, by a float32 copy.
-        dense_groups: tuples of dense linears that share an input and can be laid into one tensor.
+        dense_groups: tuples of frozen dense linears that share an input and can be laid into one tensor.
+        trained_weights: linears whose full weight is trained, and rounded in the graph.
+        trained_groups: tuples of `trained_weights` that share an input, hence one amax.
+        sparse: module path → score ("magnitude" or "wanda") of every linear that keeps two weights of four.
     """
 
     layers: tuple[str, ...]
-    quantize: Mapping[str, str] = field(default_factory=dict)
+    quantize: Mapping[str, QuantizeSite] = field(default_factory=dict)
     groups: tuple[tuple[str, ...], ...] = ()
     lora: Mapping[str, LoraSite] = field(default_factory=dict)
     noise: tuple[str, ...] = ()
     dense_groups: tuple[tuple[str, ...], ...] = ()
     trained_norms: tuple[str, ...] = ()
+    trained_weights: tuple[str, ...] = ()
+    trained_groups: tuple[tuple[str, ...], ...] = ()
+    sparse: Mapping[str, str] = field(default_factory=dict)
+
+    def owners(self) -> tuple[str, ...]:
+        """Return the modules whose tensors graphs look up: those of packed or trained weights, adapters and norms."""
+        paths = (*self.quantize, *self.trained_weights, *self.lora, *self.noise, *self.trained_norms)
+        return tuple(dict.fromkeys(paths))
 
     def group_of(self, path: str) -> tuple[str, ...]:
-        """Return the group that `path` belongs to, or `(path,)`."""
-        return next((group for group in self.groups if path in group), (path,))
+        """Return the packed or trained group that `path` belongs to, or `(path,)`."""
+        return next((group for group in (*self.groups, *self.trained_groups) if path in group), (path,))
 
     def adapted(self) -> tuple[tuple[str, ...], ...]:
         """Return the linears whose adapters are stacked: groups with an adapter on some member, and lone sites."""
@@ -66,22 +84,26 @@ class Plan:
 
     def regions(self) -> tuple[str, ...]:
         """Return the modules to compile: the layers, and every site that lies outside them (such as an untied head)."""
-        sites = dict.fromkeys([*self.quantize, *self.lora, *self.noise, *self.trained_norms])
-        outside = [path for path in sites if not any(path.startswith(f"{layer}.") for layer in self.layers)]
+        outside = [path for path in self.owners() if not any(path.startswith(f"{layer}.") for layer in self.layers)]
         return (*self.layers, *outside)
 
     def kind(self, region: str) -> tuple[object, ...]:
-        """Return what is done inside a region, by relative path: regions that differ here must not share a graph."""
+        """Return what is done inside a region, by relative path: regions that differ here must not share a graph.
+
+        How scales were searched and codes rounded does not show in a graph, nor which weights of a packed or frozen
+        linear are zero.
+        """
 
         def inside(paths: Iterable[str]) -> list[str]:
             return [path for path in paths if path == region or path.startswith(f"{region}.")]
 
-        quantized = [(path.removeprefix(region), self.quantize[path]) for path in inside(self.quantize)]
+        quantized = [(path.removeprefix(region), self.quantize[path].format) for path in inside(self.quantize)]
         adapters = [(path.removeprefix(region), self.lora[path]) for path in inside(self.lora)]
         noisy = [path.removeprefix(region) for path in inside(self.noise)]
         trained = [path.removeprefix(region) for path in inside(self.trained_norms)]
         dense = [tuple(path.removeprefix(region) for path in group) for group in self.dense_groups if inside(group)]
-        return (tuple(quantized), tuple(adapters), tuple(noisy), tuple(trained), tuple(dense))
+        full = [(path.removeprefix(region), path in self.sparse) for path in inside(self.trained_weights)]
+        return (tuple(quantized), tuple(adapters), tuple(noisy), tuple(trained), tuple(dense), tuple(full))
 
 
 def make_plan(
@@ -91,6 +113,7 @@ def make_plan(
     packed: frozenset[str] = frozenset(),
     adapters: Mapping[str, LoraSite] | None = None,
     trained_norms: Sequence[str] | None = None,
+    calibrating: bool = False,
 ) -> Plan:
     """Match the recipe against a model on any device, meta included.
 
@@ -100,10 +123,12 @@ def make_plan(
         packed: linears that a checkpoint holds packed already; they are sites whatever the rules say.
         adapters: adapters that exist already, in place of those that the lora rules describe.
         trained_norms: norms that were trained already, in place of those that `trainable_norms` selects.
+        calibrating: whether the caller has sample text, or reads no weight, so that rules which need it are followed.
 
     Raises:
-        RecipeError: a rule selects nothing, or selects what cannot be rewritten, or norms are trained without adapters.
-        FormatError: a selected linear's K is no multiple of 16.
+        RecipeError: a rule selects nothing, or selects what cannot be rewritten, or norms are trained without adapters,
+            or full weights with them, or a rule needs sample text.
+        FormatError: a selected linear's K is no multiple of 16, or of 4 where it is only made sparse.
         GraphError: a decoder layer cannot be captured.
     """
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -112,30 +137,104 @@ def make_plan(
     inside = tuple(f"{layer}." for layer in facts)
     usable = [path for path in linears if path in called or not path.startswith(inside)]
 
-    quantize = {path: "nvfp4" for path in usable if path in packed}
-    for path, rule in _first_matches("quantize", recipe.quantize, usable, linears):
-        if rule.format != "none":
-            _check_packable(model, path, linears[path])
-            quantize[path] = rule.format
+    quantize, trained_weights = _quantize_sites(model, recipe, usable, linears, packed)
+    sparse = _sparse_sites(model, recipe, usable, linears, packed)
+    if not calibrating:
+        _refuse_without_text(recipe, quantize, sparse, packed)
     lora = dict(adapters) if adapters is not None else _lora_sites(recipe, usable, linears)
-    _check_adapted(lora, usable)
+    _check_adapted(lora, usable, trained_weights)
     return Plan(
         layers=tuple(facts),
         quantize=quantize,
         groups=_groups(facts, quantize),
         lora=lora,
         noise=_noise_sites(facts, recipe),
-        dense_groups=_dense_groups(model, facts, quantize),
+        dense_groups=_dense_groups(model, facts, {*quantize, *trained_weights}),
         trained_norms=_trained_norms(facts, recipe, lora, trained_norms),
+        trained_weights=trained_weights,
+        trained_groups=_groups(facts, dict.fromkeys(trained_weights)),
+        sparse=sparse,
     )
 
 
+def _quantize_sites(
+    model: nn.Module, recipe: Recipe, usable: Sequence[str], linears: Mapping[str, nn.Linear], packed: frozenset[str]
+) -> tuple[dict[str, QuantizeSite], tuple[str, ...]]:
+    """Return the sites to pack, and the linears whose full weights are trained."""
+    sites = {path: QuantizeSite() for path in usable if path in packed}
+    trained: list[str] = []
+    for path, rule in first_matches("quantize", recipe.quantize, usable, linears):
+        if rule.format == "none":
+            continue
+        if path in packed and rule.weights == "trained":
+            _refuse_packed("quantize: weights", path, "a full-precision weight to train", "Train it from")
+        _check_packable(model, path, linears[path])
+        if rule.weights == "trained":
+            trained.append(path)
+        elif path not in packed:
+            sites[path] = QuantizeSite(rule.format, rule.scales, rule.rounding)
+    return sites, tuple(trained)
+
+
+def _sparse_sites(
+    model: nn.Module, recipe: Recipe, usable: Sequence[str], linears: Mapping[str, nn.Linear], packed: frozenset[str]
+) -> dict[str, str]:
+    sites: dict[str, str] = {}
+    for path, rule in first_matches("sparsify", recipe.sparsify, usable, linears):
+        if rule.score == "none":
+            continue
+        if path in packed:
+            _refuse_packed(
+                "sparsify",
+                path,
+                "a full-precision weight to take weights out of",
+                "Drop the rule with --set sparsify=[] if the checkpoint was made with it, else start from",
+            )
+        _check_own_weight(model, path, linears[path], "sparsify rules")
+        check_fours(path, linears[path].weight)
+        sites[path] = rule.score
+    return sites
+
+
+def _refuse_packed(where: str, path: str, expected: str, do: str) -> None:
+    raise RecipeError(
+        where=f"{where}: {path}",
+        expected=expected,
+        got="a checkpoint that holds it packed in 4 bits",
+        do=f"{do} the bf16 checkpoint of this model.",
+    )
+
+
+def _refuse_without_text(
+    recipe: Recipe, quantize: Mapping[str, QuantizeSite], sparse: Mapping[str, str], packed: frozenset[str]
+) -> None:
+    """Refuse what only calibration can do; a linear that came packed was calibrated then, or never will be."""
+    wants: list[str] = []
+    if any(site.rounding == "gptq" for site in quantize.values()):
+        wants.append("rounding gptq")
+    if "wanda" in sparse.values():
+        wants.append("score wanda")
+    measured = recipe.calibration
+    if measured is not None and (not packed or any(path not in packed for path in quantize)):
+        wants += ["channel_scaling awq"] * (measured.channel_scaling == "awq")
+        wants += ["activations true"] * measured.activations
+        wants += ["kv_cache fp8"] * (measured.kv_cache == "fp8")
+    if wants:
+        raise RecipeError(
+            where=f"recipe {recipe.name!r}",
+            expected="sample text, which the recipe needs",
+            got=f"{', '.join(wants)}, and no text",
+            do="Run `qerl-compile transform MODEL --recipe R --calibrate-on FILE -o DIR` or call "
+            "qerl_compile.calibrate(model, recipe, texts).",
+        )
+
+
 def _lora_sites(recipe: Recipe, usable: Sequence[str], linears: Mapping[str, nn.Module]) -> dict[str, LoraSite]:
-    matches = _first_matches("lora", recipe.lora, usable, linears)
+    matches = first_matches("lora", recipe.lora, usable, linears)
     return {path: LoraSite(rank=rule.rank, alpha=rule.alpha) for path, rule in matches if rule.rank}
 
 
-def _check_adapted(lora: Mapping[str, LoraSite], usable: Sequence[str]) -> None:
+def _check_adapted(lora: Mapping[str, LoraSite], usable: Sequence[str], trained_weights: Sequence[str]) -> None:
     unknown = [path for path in lora if path not in usable]
     if unknown:
         raise RecipeError(
@@ -144,44 +243,14 @@ def _check_adapted(lora: Mapping[str, LoraSite], usable: Sequence[str]) -> None:
             got=f"an adapter on {len(unknown)} modules that it does not have as linears",
             do="Load an adapter that was trained on this model.",
         )
-
-
-class _Rule(Protocol):
-    @property
-    def match(self) -> str: ...
-
-
-RuleT = TypeVar("RuleT", bound=_Rule)
-
-
-def _first_matches(
-    key: str, rules: Sequence[RuleT], paths: Sequence[str], linears: Mapping[str, nn.Module]
-) -> list[tuple[str, RuleT]]:
-    """Return (path, rule) for each path that a rule selects; refuse a rule that is never the first to match."""
-    selected: list[tuple[str, RuleT]] = []
-    used = [False] * len(rules)
-    for path in paths:
-        for index, rule in enumerate(rules):
-            if re.fullmatch(rule.match, path):
-                selected.append((path, rule))
-                used[index] = True
-                break
-    for index, rule in enumerate(rules):
-        if not used[index]:
-            matches = [path for path in paths if re.fullmatch(rule.match, path)]
-            _refuse_unused(f"{key}[{index}].match", rule.match, list(linears), shadowed=bool(matches))
-    return selected
-
-
-def _refuse_unused(where: str, pattern: str, paths: list[str], *, shadowed: bool) -> None:
-    if shadowed:
-        got = f"{pattern!r}, all of whose modules an earlier rule takes"
-        do = "Move this rule up or delete it: within a list the first match wins."
-    else:
-        near = get_close_matches(pattern.replace("\\", ""), paths, n=1, cutoff=0.3) or paths[:1]
-        got = f"{pattern!r}, which matches none of {len(paths)} modules"
-        do = f"Match the full path, such as {near[0]!r}." if near else "The model has no such modules; delete the rule."
-    raise RecipeError(where=where, expected="a pattern that selects at least one module", got=got, do=do)
+    if lora and trained_weights:
+        both = [path for path in trained_weights if path in lora]
+        raise RecipeError(
+            where=(both or list(trained_weights))[0],
+            expected="adapters or trained weights, since a run saves an adapter or a model",
+            got=f"{len(trained_weights)} linears with `weights: trained` and {len(lora)} with an adapter",
+            do="Delete the lora rules, or `weights: trained`.",
+        )
 
 
 def check_columns(path: str, weight: Tensor) -> None:
@@ -202,38 +271,41 @@ def check_columns(path: str, weight: Tensor) -> None:
 
 def _check_packable(model: nn.Module, path: str, linear: nn.Linear) -> None:
     check_columns(path, linear.weight)
+    _check_own_weight(model, path, linear, "quantize rules")
+
+
+def _check_own_weight(model: nn.Module, path: str, linear: nn.Linear, rules: str) -> None:
     sharers = [name for name, module in model.named_modules() if getattr(module, "weight", None) is linear.weight]
     if len(sharers) > 1:
         raise RecipeError(
             where=path,
             expected="a linear with a weight of its own",
             got=f"a weight tied to {', '.join(name for name in sharers if name != path)}",
-            do="Exclude the tied head from the quantize rules: its embedding must stay dense.",
+            do=f"Exclude the tied head from the {rules}: its embedding must stay as it is.",
         )
 
 
-def _groups(facts: Mapping[str, LayerFacts], quantize: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+def _groups(facts: Mapping[str, LayerFacts], sites: Mapping[str, QuantizeSite | None]) -> tuple[tuple[str, ...], ...]:
+    """Return what shares an input and has equal sites."""
     groups: list[tuple[str, ...]] = []
     for layer in facts.values():
         for linears in layer.groups:
-            for number_format in dict.fromkeys(quantize[path] for path in linears if path in quantize):
-                members = tuple(path for path in linears if quantize.get(path) == number_format)
+            for site in dict.fromkeys(sites[path] for path in linears if path in sites):
+                members = tuple(path for path in linears if path in sites and sites[path] == site)
                 if len(members) > 1:
                     groups.append(members)
     return tuple(groups)
 
 
-def _dense_groups(
-    model: nn.Module, facts: Mapping[str, LayerFacts], quantize: Mapping[str, str]
-) -> tuple[tuple[str, ...], ...]:
-    """Return what shares an input, is not packed, and can be rows of one tensor: weights of one dtype, tied to nothing.
+def _dense_groups(model: nn.Module, facts: Mapping[str, LayerFacts], apart: Set[str]) -> tuple[tuple[str, ...], ...]:
+    """Return what shares an input, is not `apart`, and can be rows of one tensor.
 
-    Biases must be on all or on none: that is what the fuse pass takes.
+    That is weights of one dtype, tied to nothing. Biases must be on all or on none: that is what the fuse pass takes.
     """
     holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
     groups: list[tuple[str, ...]] = []
     for linears in (linears for layer in facts.values() for linears in layer.groups):
-        dense = {path: model.get_submodule(path) for path in linears if path not in quantize}
+        dense = {path: model.get_submodule(path) for path in linears if path not in apart}
         tensors = [(module._parameters["weight"], module._parameters.get("bias")) for module in dense.values()]
         alike = {(weight.dtype, bias is None or bias.dtype) for weight, bias in tensors if weight is not None}
         if len(dense) > 1 and len(alike) == 1 and all(holders[id(weight)] == 1 for weight, _ in tensors):
@@ -244,7 +316,7 @@ def _dense_groups(
 def _noise_sites(facts: Mapping[str, LayerFacts], recipe: Recipe) -> tuple[str, ...]:
     if recipe.noise is None:
         return ()
-    sites = _matching_norms("noise.match", recipe.noise.match, _feeding_norms(facts))
+    sites = matching("noise.match", recipe.noise.match, _feeding_norms(facts))
     return sites if recipe.noise.enabled else ()
 
 
@@ -264,7 +336,7 @@ def _trained_norms(
         return tuple(path for path in eligible if path in given)
     if recipe.trainable_norms is None:
         return ()
-    sites = _matching_norms("trainable_norms", recipe.trainable_norms, eligible)
+    sites = matching("trainable_norms", recipe.trainable_norms, eligible)
     if not lora:
         raise RecipeError(
             where="trainable_norms",
@@ -277,11 +349,3 @@ def _trained_norms(
 
 def _feeding_norms(facts: Mapping[str, LayerFacts]) -> list[str]:
     return [norm for layer in facts.values() for norm in layer.norms]
-
-
-def _matching_norms(where: str, pattern: str, eligible: list[str]) -> tuple[str, ...]:
-    matches: Callable[[str], object] = re.compile(pattern).fullmatch
-    sites = tuple(norm for norm in eligible if matches(norm))
-    if not sites:
-        _refuse_unused(where, pattern, eligible, shadowed=False)
-    return sites

@@ -84,10 +84,11 @@ class QuantizeRule(Part):
 
     @model_validator(mode="after")
     def _trained_weights_round_plainly(self) -> Self:
-        if self.weights == "trained" and (self.scales != "amax" or self.rounding != "nearest"):
-            given = f"{self.scales} and {self.rounding}"
+        plain = (self.format, self.scales, self.rounding) == ("nvfp4", "amax", "nearest")
+        if self.weights == "trained" and not plain:
             raise ValueError(
-                f"amax and nearest where weights are trained, as every step rounds; {given}"
+                "format nvfp4, scales amax and rounding nearest where weights are trained, as every step rounds; "
+                f"{self.format}, {self.scales} and {self.rounding}"
             )
         return self
 

@@ -29,37 +29,55 @@ from torch import Tensor, nn
 
 from qerl_compile.backend import GraphCompiler
 from qerl_compile.isolation import call_region, isolated, mark_dynamic
-from qerl_compile.passes import Adapt, Fuse, LoRA, Noise, Pass, Quantize, Recompute, Rotary, TrainedNorms
+from qerl_compile.passes import (
+    Adapt,
+    FakeQuantize,
+    Fuse,
+    LoRA,
+    Noise,
+    Pass,
+    Quantize,
+    Recompute,
+    Rotary,
+    Sparsify,
+    TrainedNorms,
+)
 
 if TYPE_CHECKING:
     from qerl_compile.model import TransformState
 
 
 def passes_for(state: "TransformState") -> list[Pass]:
-    """Return the passes of training graphs in their order: trained norms → noise → lora → fuse → quantize → recompute.
+    """Return the passes of training graphs in their order.
 
-    Trained norms and recompute are there only if asked for.
+    trained norms → noise → lora → fuse → quantize → fake quantize → sparsify → recompute. Those for trained norms and
+    weights, and recompute, are there only if asked for.
     """
     plan = state.plan
     passes: list[Pass] = [
         *_trained_norms(state),
         Noise(frozenset(plan.noise)),
         LoRA(plan.lora),
-        Fuse(plan.groups),
+        Fuse((*plan.groups, *plan.trained_groups)),
         Quantize(frozenset(plan.quantize), plan.groups),
+        *_trained_weights(state),
     ]
     return [*passes, Recompute()] if state.recompute else passes
 
 
 def rollout_passes_for(state: "TransformState") -> list[Pass]:
-    """Return the passes of rollout graphs: trained norms → noise → fuse → quantize → adapt → rotary."""
+    """Return the passes of rollout graphs in their order.
+
+    trained norms → noise → fuse → quantize → fake quantize → sparsify → adapt → rotary
+    """
     plan = state.plan
     groups = (*plan.groups, *plan.dense_groups)
     return [
         *_trained_norms(state),
         Noise(frozenset(plan.noise)),
-        Fuse(groups),
+        Fuse((*groups, *plan.trained_groups)),
         Quantize(frozenset(plan.quantize), plan.groups),
+        *_trained_weights(state),
         Adapt(plan.lora, groups),
         Rotary(),
     ]
@@ -67,6 +85,15 @@ def rollout_passes_for(state: "TransformState") -> list[Pass]:
 
 def _trained_norms(state: "TransformState") -> list[Pass]:
     return [TrainedNorms(frozenset(state.plan.trained_norms))] if state.plan.trained_norms else []
+
+
+def _trained_weights(state: "TransformState") -> list[Pass]:
+    plan, trained = state.plan, frozenset(state.plan.trained_weights)
+    if not trained:
+        return []
+    rounding = FakeQuantize(trained.__contains__, plan.trained_groups)
+    masked = trained & plan.sparse.keys()
+    return [rounding, Sparsify(masked)] if masked else [rounding]
 
 
 def named_tensors(model: nn.Module) -> dict[int, str]:

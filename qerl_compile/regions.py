@@ -15,7 +15,7 @@ What this module does not do: rewrite, or compile for running (`region_calls.py`
 import copy
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -72,11 +72,14 @@ class LayerFacts:
         linears: every linear called with a weight of its own.
         groups: linears that read the same node, in call order; only groups of two or more.
         norms: modules whose 1-D weight scales the input of a linear, such as input_layernorm.
+        feeds: (module, linears): a norm, or a linear that is one factor of a product such as up_proj, where nothing but
+            these linears reads the result. A factor per channel can be moved from the one into the others.
     """
 
     linears: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     norms: tuple[str, ...]
+    feeds: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), compare=False)
 
     def renamed(self, old: str, new: str) -> "LayerFacts":
         """Return the same facts about another layer of the same kind."""
@@ -84,7 +87,12 @@ class LayerFacts:
         def move(paths: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(new + path.removeprefix(old) for path in paths)
 
-        return replace(self, linears=move(self.linears), groups=tuple(map(move, self.groups)), norms=move(self.norms))
+        return LayerFacts(
+            linears=move(self.linears),
+            groups=tuple(map(move, self.groups)),
+            norms=move(self.norms),
+            feeds=tuple((move((source,))[0], move(linears)) for source, linears in self.feeds),
+        )
 
 
 def layer_facts(program: Program) -> LayerFacts:
@@ -93,11 +101,30 @@ def layer_facts(program: Program) -> LayerFacts:
     for node, path in program.linears():
         by_input.setdefault(linear_parts(node).x, []).append(path)
     norms = dict.fromkeys(norm for x in by_input for norm in _feeding_norms(x))
+    path_of = dict(program.linears())
+    feeds = [
+        (source, tuple(paths))
+        for x, paths in by_input.items()
+        if all(user in path_of and linear_parts(user).x is x for user in x.users)
+        for source in _sole_source(x, path_of)
+    ]
     return LayerFacts(
         linears=tuple(path for paths in by_input.values() for path in paths),
         groups=tuple(tuple(paths) for paths in by_input.values() if len(paths) > 1),
         norms=tuple(norms),
+        feeds=tuple(feeds),
     )
+
+
+def _sole_source(x: fx.Node, path_of: dict[fx.Node, str]) -> list[str]:
+    """Return the norm whose output `x` is, or the linear that is one factor of `x`, as a list of one; else none."""
+    norms = list(_feeding_norms(x))
+    if norms:
+        return norms if len(norms) == 1 else []
+    if x.op.startswith("call") and getattr(x.target, "__name__", x.target) == "mul":
+        factors = [node for node in x.all_input_nodes if node in path_of and len(node.users) == 1]
+        return [path_of[factors[0]]] if len(factors) == 1 else []
+    return []
 
 
 _POINTWISE = frozenset({"mul", "to", "type_as", "float", "add"})

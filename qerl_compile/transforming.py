@@ -2,6 +2,7 @@
 
     plan     recipe × captured graph → sites                                   plan.py
     attach   quantize each weight in place, free its bf16 form, add adapters   attach.py
+             (weights that the recipe trains stay; the graph rounds them)
     compile  each decoder layer through Dynamo and the passes                  region_calls.py, backend.py
 
 Everything is checked before the first weight is touched, and weights are freed one group at a time, so that the peak is
@@ -48,19 +49,19 @@ def transform(
         seed: of the adapters' initial values.
 
     Returns:
-        The same object; only LoRA factors, and norms that the recipe trains, require gradients.
+        The same object; only LoRA factors, and norms and weights that the recipe trains, require gradients.
 
     Raises:
-        RecipeError: the recipe is faulty or does not fit the model.
+        RecipeError: the recipe is faulty, does not fit the model, or needs sample text (qerl_compile.calibrate has it).
         FormatError: a weight cannot be packed: NaN, Inf, or K no multiple of 16.
         GraphError: a layer cannot be captured.
         ModelError: the model was transformed before, or is no transformers model.
     """
     recipe = Recipe.resolve(recipe)
     check_options(inner, decode)
-    _refuse_unsuitable(model)
+    refuse_unsuitable(model)
     plan = make_plan(model, recipe)
-    for path in plan.quantize:
+    for path in (*plan.quantize, *plan.trained_weights):
         check_weight(held_tensor(model.get_submodule(path), "weight"), path)
     attacher = Attacher(model, plan, seed=seed)
     with torch.no_grad():
@@ -154,7 +155,7 @@ def state_of(model: nn.Module) -> TransformState:
     return model.qerl
 
 
-def _refuse_unsuitable(model: nn.Module) -> None:
+def refuse_unsuitable(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     got = do = None

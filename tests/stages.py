@@ -32,6 +32,16 @@ def trained_norm_stages(family: str) -> dict[str, str]:
     return dict(layer_stages(model, recipe))
 
 
+@functools.cache
+def trained_weight_stages(family: str) -> dict[str, str]:
+    """The same where full weights are trained and 2:4 sparse: "fakequantize" and "sparsify" come after "quantize"."""
+    with torch.device("meta"):
+        model = tiny_model(family, layers=1, dtype=torch.bfloat16)
+    linears = r".*layers\.\d+\..*_proj"
+    recipe = {"quantize": [{"match": linears, "weights": "trained"}], "sparsify": [{"match": linears}]}
+    return dict(layer_stages(model, Recipe.resolve(recipe)))
+
+
 def rollout_stages(family: str) -> dict[str, str]:
     """The same for rollout graphs over whole sequences, from "capture" to "adapt"."""
     return _rollout_stages(family, _prefill)
@@ -72,6 +82,7 @@ def _decode(model: Any) -> None:
 def pass_diff(family: str, name: str) -> str:
     """The unified diff of what one pass did to the layer, without context and line numbers."""
     chosen = {"adapt": rollout_stages, "rotary": decode_stages, "trainednorms": trained_norm_stages}
+    chosen |= dict.fromkeys(("fakequantize", "sparsify"), trained_weight_stages)
     texts = chosen.get(name, stages)(family)
     before = list(texts)[list(texts).index(name) - 1]
     lines = diff(texts[before], texts[name])

@@ -11,15 +11,15 @@ from torch import nn
 
 from qerl_compile.attach import Attacher, link, unlink
 from qerl_compile.errors import GraphError, ModelError
-from qerl_compile.formats.nvfp4 import dequantize, quantize, quantize_group
+from qerl_compile.formats.nvfp4 import PackedNVFP4, dequantize, quantize, quantize_group
 from qerl_compile.graph import is_ghost, owner_of
-from qerl_compile.passes import LoraSite
+from qerl_compile.passes import LoraSite, QuantizeSite
 from qerl_compile.plan import Plan
 
 NAMES = ("q", "k", "v", "o")
 PLAN = Plan(
     layers=(),
-    quantize=dict.fromkeys(NAMES, "nvfp4"),
+    quantize=dict.fromkeys(NAMES, QuantizeSite()),
     groups=(("q", "k", "v"),),
     lora={"q": LoraSite(2, 4.0), "o": LoraSite(3, 1.0)},
     noise=("norm",),
@@ -87,6 +87,43 @@ def test_a_group_waits_for_its_last_member_and_then_lets_go_of_all():
     gc.collect()
     assert [reference() for reference in alive.values()] == [None, None, None]
     assert hasattr(model.q, "weight_packed")
+
+
+def as_multiplier(packed: PackedNVFP4) -> PackedNVFP4:
+    scalar = packed.decode_scale.reshape(1)
+    return PackedNVFP4(packed.codes_NK2, packed.block_decode_scale_NG, scalar, "multiplier")
+
+
+def test_a_group_that_came_with_multipliers_is_fused_and_keeps_them_and_the_scales_of_its_input():
+    model = Tiny()
+    attacher = Attacher(model, PLAN)
+    packed = quantize_group({name: weights_of(model)[name] for name in "qkv"})
+    for name, each in packed.items():
+        attacher.packed(name, as_multiplier(each), torch.float32, input_scale=torch.tensor([0.25]))
+    attacher.weight("o", weights_of(model)["o"])
+    assert attacher.finish().groups == PLAN.groups
+    for name, each in packed.items():
+        module = model.get_submodule(name)
+        assert torch.equal(module.weight_scale_2, each.decode_scale.reshape(1))
+        assert torch.equal(module.input_scale, torch.tensor([0.25]))
+    assert not hasattr(model.o, "weight_scale_2")
+    assert not hasattr(model.o, "input_scale")
+
+
+@pytest.mark.parametrize("factor, groups", [(1.0, PLAN.groups), (2.0, ())])
+def test_one_gemm_asks_for_one_multiplier_however_its_members_spell_it(factor, groups):
+    """q comes with a divisor, a power of two so that its reciprocal is exact; k and v with multipliers."""
+    model = Tiny()
+    attacher = Attacher(model, PLAN)
+    for name in "qkv":
+        packed = quantize(weights_of(model)[name])
+        direction = "divisor" if name == "q" else "multiplier"
+        scalar = torch.tensor([4.0 if name == "q" else 0.25 * factor])
+        attacher.packed(
+            name, PackedNVFP4(packed.codes_NK2, packed.block_decode_scale_NG, scalar, direction), torch.float32
+        )
+    attacher.weight("o", weights_of(model)["o"])
+    assert attacher.finish().groups == groups
 
 
 def test_only_adapters_are_trained():

@@ -149,6 +149,11 @@ def refusal(options: dict, module: nn.Module | None = None) -> Exception:
         ({"recipe": "qerl-nvfp4-aqn"}, ("lora and noise rules", "qerl_compile.transform(model, recipe)")),
         ({"recipe": {**UP, "lora": [{"match": ".*", "rank": 4}]}}, ("lora rules", "qerl_compile.transform")),
         ({"recipe": {**UP, "noise": {}}}, ("noise rules", "qerl_compile.transform")),
+        ({"recipe": {**UP, "sparsify": [{"match": ".*"}]}}, ("sparsify rules", "qerl_compile.transform")),
+        (
+            {"recipe": {"quantize": [{"match": ".*", "scales": "mse"}]}},
+            ("scales or rounding", "qerl_compile.transform"),
+        ),
         ({"reciep": UP}, ("'reciep'", "the keys recipe and inner")),
         ({"recipe": UP, "a": 1, "b": 2}, ("'a', 'b'",)),
         ({"inner": "induktor"}, ("'induktor'", "inductor, aot_eager, eager")),

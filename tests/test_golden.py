@@ -18,7 +18,7 @@ from tests.models import FAMILIES
 from tests.stages import pass_diff, stages
 
 GOLDEN = Path(__file__).parent / "golden"
-PASSES = ("trainednorms", "noise", "lora", "fuse", "quantize", "adapt", "rotary")
+PASSES = ("trainednorms", "noise", "lora", "fuse", "quantize", "fakequantize", "sparsify", "adapt", "rotary")
 PINNED = torch.__version__.startswith("2.13.") and transformers.__version__.startswith("5.23.")
 HINT = "The graph changed. If that was meant, run QERL_ACCEPT=1 pytest tests/test_golden.py and review the files."
 

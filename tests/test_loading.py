@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qerl_compile import loading
-from qerl_compile.errors import CheckpointError, FormatError, ModelError, QerlError, RecipeError
+from qerl_compile.errors import CheckpointError, ModelError, QerlError, RecipeError
 from qerl_compile.exporters import export
 from qerl_compile.formats.nvfp4 import dequantize, quantize, quantize_group
 from qerl_compile.loading import empty_model, load, usable_device
@@ -253,6 +253,10 @@ def packed_with_zero_scale(tensors):
     tensors[f"{UP}.weight_global_scale"] = torch.zeros(1)
 
 
+def in_eight_bits(tensors):
+    tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].to(torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(
     "change, error, words",
     [
@@ -262,8 +266,9 @@ def packed_with_zero_scale(tensors):
         (lambda t: t.update({"lm_head.weight": torch.ones(128)}), CheckpointError, ("lm_head.weight", "[128]")),
         (poison, CheckpointError, (f"{UP}.weight", "nan")),
         (half_packed, CheckpointError, (UP, "no weight_global_scale", "Export the checkpoint again")),
-        (wrongly_packed, FormatError, ("block_decode_scale_NG", "float32 [128, 4]")),
-        (packed_with_zero_scale, FormatError, ("global_scale", "0.0")),
+        (wrongly_packed, CheckpointError, (f"{UP}.weight_scale", "dtype F8_E4M3", "F32")),
+        (packed_with_zero_scale, CheckpointError, (f"{UP}.weight_global_scale", "model.safetensors", "0.0")),
+        (in_eight_bits, CheckpointError, (f"{UP}.weight", "BF16 or F16 or F32 or F64", "F8_E4M3")),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(copied, change, error, words):
@@ -279,8 +284,9 @@ def test_tensors_that_do_not_fit_are_refused(copied, change, error, words):
         ({"quantization_config": {**PACKED_CONFIG, "format": "pack-quantized"}}, ("'pack-quantized'",)),
         (
             {"quantization_config": {**PACKED_CONFIG, "config_groups": {"g": {"input_activations": {"num_bits": 4}}}}},
-            ("config_groups", "W4A4"),
+            ("config_groups.g.weights", "a mapping", "None"),
         ),
+        ({"quantization_config": PACKED_CONFIG}, ("quantization_config", "*.weight_packed")),
         ({"model_type": "no_such_model"}, ("no_such_model",)),
         ({"hidden_size": "wide"}, ("config.json",)),
         ({"num_hidden_layers": 2}, ("model.layers.1",)),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qerl_compile.errors import FormatError, RecipeError
-from qerl_compile.passes import LoraSite
+from qerl_compile.passes import LoraSite, QuantizeSite
 from qerl_compile.plan import Plan, check_columns, make_plan
 from qerl_compile.recipe import Recipe
 from qerl_compile.regions import LayerFacts
@@ -84,13 +84,124 @@ def test_adapters_are_stacked_over_groups_dense_groups_and_lone_linears():
 def test_what_no_graph_calls_is_no_site():
     found = plan(quantize=[{"match": ".*"}])
     assert set(found.quantize) == {f"layers.{i}.{name}" for i in range(2) for name in "qkvo"} | {"head"}
-    assert set(found.quantize.values()) == {"nvfp4"}
+    assert set(found.quantize.values()) == {QuantizeSite()}
 
 
 def test_groups_are_the_quantized_part_of_what_shares_an_input():
     assert plan(quantize=[{"match": r"layers\.0\..*"}]).groups == (("layers.0.q", "layers.0.k", "layers.0.v"),)
     assert plan(quantize=[{"match": r"layers\.0\.[qvo]"}]).groups == (("layers.0.q", "layers.0.v"),)
     assert plan(quantize=[{"match": r"layers\.0\.[qo]"}]).groups == ()
+
+
+def test_members_of_a_group_are_quantized_alike():
+    """Unequal sites do not share a scale, but graphs cannot tell them apart."""
+    found = plan(quantize=[{"match": r".*\.q", "scales": "mse"}, {"match": r"layers\..*"}])
+    assert found.quantize["layers.0.q"] == QuantizeSite(scales="mse")
+    assert found.groups == (("layers.0.k", "layers.0.v"), ("layers.1.k", "layers.1.v"))
+    one = plan(quantize=[{"match": r"layers\.0\..*", "scales": "mse"}, {"match": r"layers\.1\..*"}])
+    assert one.kind("layers.0") == one.kind("layers.1")
+    assert len(one.groups) == 2
+
+
+TRAINED = {"match": r"layers\.0\..*", "weights": "trained"}
+
+
+def test_trained_weights_are_groups_of_their_own_and_not_dense_ones():
+    found = plan(quantize=[TRAINED])
+    assert found.quantize == {}
+    assert found.trained_weights == tuple(f"layers.0.{name}" for name in "qkvo")
+    assert found.trained_groups == (("layers.0.q", "layers.0.k", "layers.0.v"),)
+    assert found.groups == ()
+    assert found.dense_groups == DENSE[1:]
+    assert found.group_of("layers.0.k") == found.trained_groups[0]
+    assert set(found.owners()) == set(found.trained_weights)
+
+
+def test_packed_and_trained_weights_of_one_input_do_not_share_a_scale():
+    found = plan(quantize=[{"match": r"layers\.0\.[qk]"}, {"match": r"layers\.0\..*", "weights": "trained"}])
+    assert found.groups == (("layers.0.q", "layers.0.k"),)
+    assert found.trained_weights == ("layers.0.v", "layers.0.o")
+    assert found.trained_groups == ()
+
+
+def test_a_trained_linear_outside_the_layers_is_a_region_of_its_own():
+    assert plan(quantize=[{"match": "head", "weights": "trained"}]).regions() == ("layers.0", "layers.1", "head")
+
+
+def test_adapters_are_not_trained_together_with_full_weights():
+    with pytest.raises(RecipeError, match=r"layers\.0\.q: .*4 linears with `weights: trained` and 2 with an adapter"):
+        plan(quantize=[TRAINED], lora=LORA)
+    with pytest.raises(RecipeError, match=r"layers\.0\.q: expected adapters or trained weights"):
+        plan(quantize=[TRAINED], lora=[{"match": "head", "rank": 2}])
+
+
+def test_sparse_linears_take_the_score_of_their_first_rule():
+    rules = [{"match": r".*\.o", "score": "none"}, {"match": r"layers\.0\..*"}]
+    assert plan(sparsify=rules).sparse == {f"layers.0.{name}": "magnitude" for name in "qkv"}
+    assert plan(sparsify=rules).regions() == ("layers.0", "layers.1")
+
+
+def test_only_the_mask_of_a_trained_weight_shows_in_a_graph():
+    half = [{"match": r"layers\.0\..*"}]
+    everything = {"match": r"layers\..*"}
+    for rules in ({"quantize": [everything]}, {}):
+        found = plan(sparsify=half, **rules)
+        assert found.kind("layers.0")[-1] == found.kind("layers.1")[-1] == ()
+    found = plan(sparsify=half, quantize=[{**everything, "weights": "trained"}])
+    assert found.kind("layers.0") != found.kind("layers.1")
+
+
+@pytest.mark.parametrize(
+    "rules, where",
+    [
+        ({"quantize": [TRAINED]}, "quantize: weights: layers.0.q"),
+        ({"sparsify": [{"match": r".*\.[qo]"}]}, "sparsify: layers.0.q"),
+    ],
+)
+def test_a_packed_checkpoint_has_no_full_weights_to_train_or_to_thin_out(rules, where):
+    with pytest.raises(RecipeError, match="the bf16 checkpoint of this model") as fault:
+        make_plan(Tiny(), Recipe.resolve(rules), packed=frozenset({"layers.0.q"}))
+    assert fault.value.where == where
+
+
+def test_a_tied_head_is_not_made_sparse_and_columns_must_be_fours():
+    model = Tiny()
+    model.head.weight = model.embed.weight
+    with pytest.raises(RecipeError, match=r"head: .*tied to embed.*from the sparsify rules"):
+        make_plan(model, Recipe.resolve({"sparsify": [{"match": "head"}]}))
+    model.layers[0]["o"] = nn.Linear(18, 16)
+    with pytest.raises(FormatError, match=r"layers\.0\.o: expected in_features to be a multiple of 4"):
+        make_plan(model, Recipe.resolve({"sparsify": [{"match": r".*\.o"}]}))
+
+
+NEEDS_TEXT = [
+    ({"quantize": [{"match": ".*", "rounding": "gptq"}]}, "rounding gptq"),
+    ({"sparsify": [{"match": ".*", "score": "wanda"}]}, "score wanda"),
+    ({"quantize": [{"match": ".*"}], "calibration": {"channel_scaling": "awq"}}, "channel_scaling awq"),
+    ({"quantize": [{"match": ".*"}], "calibration": {"activations": True}}, "activations true"),
+    ({"calibration": {"kv_cache": "fp8"}}, "kv_cache fp8"),
+]
+
+
+@pytest.mark.parametrize("rules, named", NEEDS_TEXT, ids=[named for _, named in NEEDS_TEXT])
+def test_rules_that_need_sample_text_are_refused_unless_the_caller_has_it(rules, named):
+    with pytest.raises(RecipeError, match=rf"got {named}, and no text.*--calibrate-on FILE.*qerl_compile\.calibrate"):
+        plan(**rules)
+    assert make_plan(Tiny(), Recipe.resolve(rules), calibrating=True).layers == ("layers.0", "layers.1")
+
+
+def test_a_calibration_that_measures_nothing_needs_no_text():
+    assert plan(calibration={"samples": 3}) == plan()
+
+
+def test_what_came_packed_needs_no_text_any_more():
+    """The command line packs with a recipe and then trains the packed directory with the same recipe."""
+    rules = {"quantize": [{"match": r".*\.[qk]", "rounding": "gptq"}], "calibration": {"activations": True}}
+    names = frozenset(f"layers.{i}.{name}" for i in (0, 1) for name in "qk")
+    found = make_plan(Tiny(), Recipe.resolve(rules), packed=names)
+    assert set(found.quantize.values()) == {QuantizeSite()}
+    with pytest.raises(RecipeError, match="got rounding gptq, activations true, and no text"):
+        make_plan(Tiny(), Recipe.resolve(rules), packed=names - {"layers.1.k"})
 
 
 def test_the_first_matching_rule_wins():
@@ -238,9 +349,9 @@ def test_layers_to_which_the_same_is_done_are_of_one_kind():
 
 
 def test_a_path_that_begins_like_a_layer_is_not_inside_it():
-    found = Plan(layers=("layers.1",), quantize={"layers.1.q": "nvfp4", "layers.10.q": "nvfp4"})
+    found = Plan(layers=("layers.1",), quantize={"layers.1.q": QuantizeSite(), "layers.10.q": QuantizeSite()})
     assert found.regions() == ("layers.1", "layers.10.q")
-    assert found.kind("layers.1") == (((".q", "nvfp4"),), (), (), (), ())
+    assert found.kind("layers.1") == (((".q", "nvfp4"),), (), (), (), (), ())
 
 
 def test_the_group_of_a_lone_site_is_itself():

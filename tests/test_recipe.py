@@ -139,9 +139,15 @@ RULE = "match: .*"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("quantize: [{mach: a}]", "recipe.yaml: quantize[0].mach: expected one of the keys match, format, scales, rounding, weights;"),
+        (
+            "quantize: [{mach: a}]",
+            "recipe.yaml: quantize[0].mach: expected one of the keys match, format, scales, rounding, weights;",
+        ),
         ("quantize: [{mach: a}]", "the unknown key 'mach' with the value 'a' (1 more after this one). Did you mean"),
-        ("quantise: []", "recipe.yaml: quantise: expected one of the keys version, name, quantize, sparsify, calibration, lora, noise, train"),
+        (
+            "quantise: []",
+            "quantise: expected one of the keys version, name, quantize, sparsify, calibration, lora, noise, train",
+        ),
         ("quantise: []", "Did you mean `quantize`?"),
         ("noise: {sigma_strat: 1}", "Did you mean `sigma_start`?"),
         ("train: {lr: 1}", "recipe.yaml: train.lr: expected one of the keys steps, loss"),
@@ -151,6 +157,12 @@ RULE = "match: .*"
         (f"quantize: [{{{RULE}, format: fp8}}]", "got 'fp8'. Write `nvfp4`."),
         ("quantize: {match: a}", "recipe.yaml: quantize: expected a list; got {'match': 'a'}"),
         ("quantize: [a]", "recipe.yaml: quantize[0]: expected a mapping of keys; got 'a'"),
+        (f"quantize: [{{{RULE}, weights: trained, scales: mse}}]", "got nvfp4, mse and nearest"),
+        (
+            f"quantize: [{{{RULE}, weights: trained, rounding: gptq}}]",
+            "expected format nvfp4, scales amax and rounding",
+        ),
+        (f"quantize: [{{{RULE}, weights: trained, format: none}}]", "got none, amax and nearest"),
         ("quantize: [{match: 3}]", "recipe.yaml: quantize[0].match: expected a text; got 3"),
         ("quantize: [{match: '('}]", "a valid regular expression; got '(': missing ), unterminated subpattern"),
         ("lora: [{match: (a+)+}]", "lora[0].match: expected no repetition around a choice"),

@@ -21,7 +21,7 @@ A code times a block scale has at most 6 significant bits, so `exact_products` i
 from the same weights and applies `decode_scale` after accumulation.
 
 Work is done in chunks of rows, which bounds temporaries to a few MB on CPU, where they stay in cache, and to a few
-hundred on a GPU. What this module does not do: other observers (MSE, imatrix), activation scales, swizzled layouts.
+hundred on a GPU. What this module does not do: choose scales by their error (scale_search.py), swizzled layouts.
 fp16 is as compressed-tensors has it: A below 0.041 overflows 2688/A in fp16, the global scale falls back to 1, and
 block scales lose precision. Give such weights as bf16 or fp32.
 
@@ -65,7 +65,7 @@ def check_weight(w_NK: Tensor, name: str = "weight") -> None:
     Raises:
         FormatError: wrong rank, dtype or K; NaN or Inf.
     """
-    _block_amax(w_NK, name)
+    block_amaxes(w_NK, name)
 
 
 def quantize(w_NK: Tensor, *, amax: Tensor | None = None, name: str = "weight") -> PackedNVFP4:
@@ -82,7 +82,7 @@ def quantize(w_NK: Tensor, *, amax: Tensor | None = None, name: str = "weight") 
     Raises:
         FormatError: wrong rank, dtype or K; NaN or Inf; amax smaller than a weight.
     """
-    block_amax_NG = _block_amax(w_NK, name)
+    block_amax_NG = block_amaxes(w_NK, name)
     return _quantize(w_NK, block_amax_NG, block_amax_NG.amax() if amax is None else amax, name)
 
 
@@ -98,6 +98,18 @@ def quantize_group(weights: Mapping[str, Tensor]) -> dict[str, PackedNVFP4]:
     Raises:
         FormatError: as `quantize`; dtypes differ.
     """
+    if not weights:
+        return {}
+    of_blocks, shared = group_amaxes(weights)
+    return {name: _quantize(w, of_blocks[name], shared, name) for name, w in weights.items()}
+
+
+def group_amaxes(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Return name -> largest magnitude of every block [N, G], and the largest of all [], in the weights' dtype.
+
+    Raises:
+        FormatError: as `quantize`; dtypes differ.
+    """
     dtypes = {name: str(w.dtype) for name, w in weights.items()}
     if len(set(dtypes.values())) > 1:
         raise FormatError(
@@ -106,11 +118,8 @@ def quantize_group(weights: Mapping[str, Tensor]) -> dict[str, PackedNVFP4]:
             got=", ".join(dtypes.values()),
             do="Cast them to one dtype first.",
         )
-    block_amaxes = {name: _block_amax(w, name) for name, w in weights.items()}
-    if not weights:
-        return {}
-    shared = torch.stack([block_amax_NG.amax() for block_amax_NG in block_amaxes.values()]).amax()
-    return {name: _quantize(w, block_amaxes[name], shared, name) for name, w in weights.items()}
+    of_blocks = {name: block_amaxes(w, name) for name, w in weights.items()}
+    return of_blocks, torch.stack([block_amax_NG.amax() for block_amax_NG in of_blocks.values()]).amax()
 
 
 def dequantize(packed: PackedNVFP4, dtype: torch.dtype) -> Tensor:
@@ -121,7 +130,7 @@ def dequantize(packed: PackedNVFP4, dtype: torch.dtype) -> Tensor:
     """
     w_NK = torch.empty(packed.shape, dtype=dtype, device=packed.codes_NK2.device)
     decode_scale = packed.decode_scale
-    for rows in _row_chunks(packed.shape, w_NK.device):
+    for rows in row_chunks(packed.shape, w_NK.device):
         products = _products(packed.codes_NK2[rows], packed.block_decode_scale_NG[rows], torch.float32)
         w_NK[rows] = products.mul_(decode_scale)
     return w_NK
@@ -142,28 +151,39 @@ def exact_products(codes_NK2: Tensor, block_decode_scale_NG: Tensor, dtype: torc
         `dtype` [N, K].
     """
     w_NK = torch.empty(codes_NK2.shape[0], codes_NK2.shape[1] * 2, dtype=dtype, device=codes_NK2.device)
-    for rows in _row_chunks(w_NK.shape, w_NK.device):
+    for rows in row_chunks(w_NK.shape, w_NK.device):
         w_NK[rows] = _products(codes_NK2[rows], block_decode_scale_NG[rows], dtype)
     return w_NK
 
 
 def _products(codes_NK2: Tensor, block_decode_scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
-    return e2m1.decode(codes_NK2, dtype).mul_(_per_column(block_decode_scale_NG.to(dtype)))
+    return e2m1.decode(codes_NK2, dtype).mul_(per_column(block_decode_scale_NG.to(dtype)))
 
 
 def _quantize(w_NK: Tensor, block_amax_NG: Tensor, amax: Tensor, name: str) -> PackedNVFP4:
     """`quantize` after the checks, with the block maxima at hand."""
     global_scale = _global_scale(w_NK, block_amax_NG, amax, name)
-    block_decode_scale_NG = _block_decode_scale(block_amax_NG, global_scale)
+    block_decode_scale_NG = amax_block_scales(block_amax_NG, global_scale)
+    return encode_with(w_NK, block_decode_scale_NG, global_scale)
+
+
+def encode_with(w_NK: Tensor, block_decode_scale_NG: Tensor, global_scale: Tensor) -> PackedNVFP4:
+    """Round a weight to the nearest codes under scales that are given, however they were chosen.
+
+    Args:
+        w_NK: bf16, fp16 or fp32 [N, K].
+        block_decode_scale_NG: float8_e4m3fn [N, G], positive.
+        global_scale: float32 [1], a divisor.
+    """
     codes_NK2 = torch.empty(w_NK.shape[0], w_NK.shape[1] // 2, dtype=torch.uint8, device=w_NK.device)
-    for rows in _row_chunks(w_NK.shape, w_NK.device):
-        step_NK = _per_column(block_decode_scale_NG[rows].float() / global_scale)
+    for rows in row_chunks(w_NK.shape, w_NK.device):
+        step_NK = per_column(block_decode_scale_NG[rows].float() / global_scale)
         codes_NK2[rows] = pack(e2m1.encode(w_NK[rows].detach() / step_NK))
     return PackedNVFP4(codes_NK2, block_decode_scale_NG, global_scale, "divisor")
 
 
 def _global_scale(w_NK: Tensor, block_amax_NG: Tensor, amax: Tensor, name: str) -> Tensor:
-    """2688 / amax in the weight's own dtype, as fp32 [1]."""
+    """2688 / amax in the weight's own dtype, as fp32 [1]; amax is checked against the weight's own."""
     own = block_amax_NG.amax()
     amax = amax.detach().to(w_NK.device, w_NK.dtype).reshape(())
     if not bool(amax >= own):  # also catches NaN
@@ -173,23 +193,43 @@ def _global_scale(w_NK: Tensor, block_amax_NG: Tensor, amax: Tensor, name: str) 
             got=f"{amax.item():g}",
             do="Pass the maximum over all weights that share the scale.",
         )
-    amax = amax.clamp(min=torch.finfo(w_NK.dtype).tiny)
+    return divisor_of(amax)
+
+
+def divisor_of(amax: Tensor, scaled: float = AMAX_SCALED) -> Tensor:
+    """Return the global scale that puts `amax` at `scaled`: fp32 [1], a divisor, rounded as compressed-tensors does.
+
+    Args:
+        amax: a largest magnitude, of a weight or of the inputs of a linear; one element, in the tensor's own dtype.
+        scaled: where it shall lie in units of the decode scale: 2688 = 448 * 6 unless room is wanted above.
+    """
+    amax = amax.clamp(min=torch.finfo(amax.dtype).tiny)
     # torch computes scalar / tensor as reciprocal times scalar, with a rounding after each: part of the contract.
-    scale = (amax.reciprocal() * AMAX_SCALED).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
+    scale = (amax.reciprocal() * scaled).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
     return scale.float().reshape(1)
 
 
-def _block_decode_scale(block_amax_NG: Tensor, global_scale: Tensor) -> Tensor:
-    """E4M3 scale per block, never zero: float8_e4m3fn [N, G]."""
+def amax_block_scales(block_amax_NG: Tensor, global_scale: Tensor, lands_on: float = e2m1.MAX_VALUE) -> Tensor:
+    """Return the E4M3 scale that puts each block's largest weight on a value of E2M1: float8_e4m3fn [N, G], never zero.
+
+    Args:
+        block_amax_NG: largest magnitudes, in the weight's dtype.
+        global_scale: float32 [1], a divisor.
+        lands_on: that value, 6 or 4.
+    """
     # The divisor is a tensor because CUDA replaces division by a Python number with a multiplication.
-    six = torch.full((1,), e2m1.MAX_VALUE, dtype=block_amax_NG.dtype, device=block_amax_NG.device)
-    wanted_NG = (block_amax_NG / six).float() * global_scale
+    landing = torch.full((1,), lands_on, dtype=block_amax_NG.dtype, device=block_amax_NG.device)
+    wanted_NG = (block_amax_NG / landing).float() * global_scale
     rounded_NG = wanted_NG.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
     return rounded_NG.masked_fill_(rounded_NG == 0, ZERO_BLOCK_DECODE_SCALE).to(torch.float8_e4m3fn)
 
 
-def _block_amax(w_NK: Tensor, name: str) -> Tensor:
-    """Check the weight and return the largest magnitude of every block: w's dtype, [N, G]."""
+def block_amaxes(w_NK: Tensor, name: str) -> Tensor:
+    """Check the weight and return the largest magnitude of every block: w's dtype, [N, G].
+
+    Raises:
+        FormatError: as `quantize`.
+    """
     _check_form(w_NK, name)
     n_rows, n_cols = w_NK.shape
     block_amax_NG = torch.empty(n_rows, n_cols // BLOCK, dtype=w_NK.dtype, device=w_NK.device)
@@ -197,7 +237,7 @@ def _block_amax(w_NK: Tensor, name: str) -> Tensor:
     # maxima are 3x faster than bf16 ones on CPU.
     word = torch.int16 if w_NK.dtype.itemsize == 2 else torch.int32
     magnitude_bits = torch.iinfo(word).max
-    for rows in _row_chunks(w_NK.shape, w_NK.device):
+    for rows in row_chunks(w_NK.shape, w_NK.device):
         bits = w_NK[rows].detach().view(word) & magnitude_bits
         block_amax_NG[rows] = bits.reshape(-1, n_cols // BLOCK, BLOCK).amax(-1).view(w_NK.dtype)
     if not bool(block_amax_NG.amax().isfinite()):
@@ -224,13 +264,14 @@ def _check_form(w_NK: Tensor, name: str) -> None:
         refuse(f"K (input features) a multiple of {BLOCK}", f"K = {w_NK.shape[1]}", "Leave this layer unquantized.")
 
 
-def _per_column(block_NG: Tensor) -> Tensor:
+def per_column(block_NG: Tensor) -> Tensor:
     """Repeat each block's number for its 16 columns: [N, G] -> [N, K]."""
     n_rows, n_blocks = block_NG.shape
     return block_NG[:, :, None].expand(n_rows, n_blocks, BLOCK).reshape(n_rows, n_blocks * BLOCK)
 
 
-def _row_chunks(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+def row_chunks(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """Yield slices of rows whose fp32 temporaries are small on the device; see the module's essay."""
     n_rows, n_cols = shape
     step = max(1, (CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS) // n_cols)
     for start in range(0, n_rows, step):

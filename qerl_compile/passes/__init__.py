@@ -1,7 +1,7 @@
 """Graph passes, in the order in which they run.
 
-    training graphs   trained norms → noise → lora → fuse → quantize → recompute
-    rollout graphs    trained norms → noise → fuse → quantize → adapt → rotary
+    training graphs   trained norms → noise → lora → fuse → quantize → fake quantize → sparsify → recompute
+    rollout graphs    trained norms → noise → fuse → quantize → fake quantize → sparsify → adapt → rotary
 
 A pass is two things (architecture.md, decision 4): `state`, which says what a module owns afterwards, and `__call__`,
 which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and
@@ -18,8 +18,10 @@ from qerl_compile.passes.fuse import Fuse
 from qerl_compile.passes.lora import LoRA, LoraSite
 from qerl_compile.passes.noise import Noise
 from qerl_compile.passes.quantize import Quantize
+from qerl_compile.passes.quantize_site import QuantizeSite
 from qerl_compile.passes.recompute import Recompute
 from qerl_compile.passes.rotary import Rotary
+from qerl_compile.passes.sparsify import Sparsify
 from qerl_compile.passes.trained_norms import TrainedNorms
 
 Pass = Callable[[Program], None]
@@ -33,7 +35,9 @@ __all__ = [
     "Noise",
     "Pass",
     "Quantize",
+    "QuantizeSite",
     "Recompute",
     "Rotary",
+    "Sparsify",
     "TrainedNorms",
 ]

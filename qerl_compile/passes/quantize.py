@@ -11,11 +11,19 @@ so that the module's state_dict is the serving file:
 
     weight_packed        Parameter  uint8   [N, K/2]     codes, even column in the low nibble
     weight_scale         Parameter  e4m3    [N, K/16]    block decode scale
-    weight_global_scale  buffer     float32 [1]          the source scalar, 2688 / amax: a divisor
-    decode_scale         buffer     float32 []           derived, 1 / weight_global_scale; not saved
+    weight_global_scale  buffer     float32 [1]          the source scalar, 2688 / amax: a divisor; or, read from
+    weight_scale_2       buffer     float32 [1]          ModelOpt or torchao, amax / 2688: a multiplier. One of the two
+    decode_scale         buffer     float32 []           derived, the scalar as a multiplier; not saved
     weight               buffer     ghost   [N, K]       not saved
     fused_packed, fused_scale                            first member of a group only; not saved: the members' own
                                                          tensors are row slices of these, so there is one copy
+
+The scalar stays under the name and in the direction of its source, because 1/(1/x) is not always x: a model that was
+read from either dialect is exported to that dialect bit for bit. `packed_of` is the one reader of this state.
+
+A checkpoint made for 4-bit activations brings a calibrated scale of each linear's input, and it is kept for exports:
+`input_global_scale` (float32 [1], a divisor) or `input_scale` (float32 [1], a multiplier), a buffer of the packed
+module. Nothing here computes with it: activations stay in 16 bits.
 
 The codes are frozen Parameters and not buffers because sharding engines shard parameters and leave buffers replicated.
 
@@ -24,13 +32,20 @@ What this pass does not do: bias. A bias stays dense and is added after, in the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from qerl_compile.formats.nvfp4 import PackedNVFP4
-from qerl_compile.graph import LINEAR, Program, linear_parts, make_ghost
+from qerl_compile.graph import LINEAR, Program, leaf_tensor, linear_parts, make_ghost
 from qerl_compile.kernels import ops as _ops  # noqa: F401  # registers the qerl:: operators
+
+Direction = Literal["divisor", "multiplier"]
+GLOBAL_SCALES: dict[Direction, str] = {"divisor": "weight_global_scale", "multiplier": "weight_scale_2"}
+"""Where a packed module holds the scalar of its matrix; it has exactly one of the two."""
+INPUT_SCALES: dict[Direction, str] = {"divisor": "input_global_scale", "multiplier": "input_scale"}
+"""Where it holds the calibrated scale of its input, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,9 @@ class Quantize:
         """Replace the module's `weight` by its packed form; `dtype` is what the dense weight had, and the ghost has."""
         module.weight_packed = nn.Parameter(packed.codes_NK2, requires_grad=False)
         module.weight_scale = nn.Parameter(packed.block_decode_scale_NG, requires_grad=False)
-        module.register_buffer("weight_global_scale", packed.global_scale.reshape(1))
+        for leaf in GLOBAL_SCALES.values():
+            module._buffers.pop(leaf, None)
+        module.register_buffer(GLOBAL_SCALES[packed.direction], packed.global_scale)
         module._parameters.pop("weight", None)
         vars(module)["dense_dtype"] = dtype  # outlives the ghost, which is derived from it
         add_ghost(module)
@@ -88,8 +105,31 @@ def add_ghost(module: nn.Module) -> None:
 
 
 def derived_decode_scale(module: nn.Module) -> Tensor:
-    """Return the fp32 0-dim multiplier that the stored divisor stands for."""
-    return module.get_buffer("weight_global_scale").float().reciprocal().reshape(())
+    """Return the fp32 0-dim multiplier that the stored scalar stands for."""
+    direction, scalar = _global_scale(module)
+    scalar = scalar.float().reshape(())
+    return scalar.reciprocal() if direction == "divisor" else scalar.clone()
+
+
+def packed_of(module: nn.Module) -> PackedNVFP4 | None:
+    """Return a module's packed weight, or None if it has none. The tensors are the module's own, not copies.
+
+    Raises:
+        FormatError: the state breaks the format, because something wrote into it.
+    """
+    codes_NK2, block_NG = leaf_tensor(module, "weight_packed"), leaf_tensor(module, "weight_scale")
+    if codes_NK2 is None or block_NG is None:
+        return None
+    direction, scalar = _global_scale(module)
+    return PackedNVFP4(codes_NK2.detach(), block_NG.detach(), scalar, direction)
+
+
+def _global_scale(module: nn.Module) -> tuple[Direction, Tensor]:
+    for direction, leaf in GLOBAL_SCALES.items():
+        scalar = leaf_tensor(module, leaf)
+        if scalar is not None:
+            return direction, scalar
+    raise AttributeError(f"{type(module).__name__} holds no tensor named {' or '.join(GLOBAL_SCALES.values())}")
 
 
 def share_storage(members: Sequence[nn.Module]) -> None:

@@ -104,6 +104,13 @@ class Trainer:
     reward_weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        if full := state_of(self.model).plan.trained_weights:
+            raise ModelError(
+                where="trainer",
+                expected="a model whose adapters are trained, since checkpoints of a run hold adapters",
+                got=f"{len(full)} linears with `weights: trained`, such as {full[0]}",
+                do="Use lora rules, or train transform(model, recipe) in a loop of your own and export it.",
+            )
         self.config = self.recipe.train
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not self.parameters:

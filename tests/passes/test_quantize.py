@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qerl_compile.errors import GraphError
-from qerl_compile.formats.nvfp4 import PackedNVFP4, dequantize, quantize_group
+from qerl_compile.formats.nvfp4 import PackedNVFP4, dequantize, quantize, quantize_group
 from qerl_compile.graph import is_ghost, set_owner
 from qerl_compile.passes import Fuse, Quantize
-from qerl_compile.passes.quantize import share_storage
+from qerl_compile.passes.quantize import packed_of, share_storage
 from tests.passes.toy import Toy, linear
 
 X = torch.randn(3, 32, generator=torch.Generator().manual_seed(7))
@@ -192,3 +192,41 @@ def test_the_divisor_of_a_checkpoint_becomes_a_multiplier():
     Quantize.state(module, PackedNVFP4(codes, block, torch.tensor([4.0]), direction="divisor"), torch.float32)
     assert module.decode_scale.shape == ()
     assert module.decode_scale.item() == 0.25
+
+
+def test_the_multiplier_of_a_checkpoint_is_used_as_it_is():
+    """0.7361809 is one of the numbers whose reciprocal's reciprocal is another number."""
+    codes, block = torch.zeros(8, 16, dtype=torch.uint8), torch.ones(8, 2).to(torch.float8_e4m3fn)
+    multiplier = torch.tensor([0.7361809])
+    assert multiplier.reciprocal().reciprocal() != multiplier
+    module = linear(8, 32)
+    Quantize.state(module, PackedNVFP4(codes, block, multiplier.clone(), direction="multiplier"), torch.float32)
+    assert set(module.state_dict()) == {"weight_packed", "weight_scale", "weight_scale_2"}
+    assert torch.equal(module.weight_scale_2, multiplier)
+    assert torch.equal(module.decode_scale, multiplier[0])
+    module.decode_scale.zero_()  # derived: writing into it leaves the source's number alone
+    assert torch.equal(module.weight_scale_2, multiplier)
+
+
+@pytest.mark.parametrize("direction", ["divisor", "multiplier"])
+def test_a_module_gives_back_the_packed_weight_that_it_was_given(direction):
+    given = quantize(torch.randn(8, 32, generator=torch.Generator().manual_seed(1)))
+    given = PackedNVFP4(given.codes_NK2, given.block_decode_scale_NG, torch.tensor([0.7361809]), direction)
+    module = linear(8, 32)
+    assert packed_of(module) is None
+    Quantize.state(module, given, torch.float32)
+    got = packed_of(module)
+    assert got is not None
+    assert got.direction == direction
+    assert torch.equal(got.codes_NK2, given.codes_NK2)
+    assert torch.equal(got.global_scale, given.global_scale)
+    assert torch.equal(got.decode_scale, module.decode_scale)
+
+
+def test_packing_a_module_again_leaves_one_scalar():
+    module, packed = linear(8, 32), quantize(torch.ones(8, 32))
+    Quantize.state(module, packed, torch.float32)
+    again = PackedNVFP4(packed.codes_NK2, packed.block_decode_scale_NG, torch.ones(1), "multiplier")
+    Quantize.state(module, again, torch.float32)
+    assert "weight_global_scale" not in module.state_dict()
+    assert module.decode_scale.item() == 1.0
