@@ -42,15 +42,30 @@ def eval_command(run: object) -> str:
     return _join("eval", run, "--samples", 8)
 
 
+def inspect_command(directory: object) -> str:
+    """Return the command that tells what a checkpoint is."""
+    return _join("inspect", directory)
+
+
 def serve_command(target: str, model: object, adapter: object = None, rank: int = 0) -> str:
-    """Return the command of the serving engine.
+    """Return the command of the serving engine, or the Python that opens the directory.
 
     Args:
-        target: what was exported for: vllm, sglang or peft (which vLLM serves).
-        model: directory or hub id of the base.
+        target: what was exported for, without a version; a peft adapter is served by vLLM.
+        model: directory or hub id of the base, or of the graph.
         adapter: directory of an adapter to serve with it.
         rank: the adapter's largest rank.
     """
+    if target == "tensorrt-llm":
+        return shlex.join(["trtllm-serve", str(model)])
+    if target == "transformers":
+        opening = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(model)!r})"
+        return shlex.join(["python", "-c", f"import qerl_compile; {opening}"])
+    if target == "onnx":
+        graph = str(Path(str(model)) / "model.onnx")
+        return shlex.join(
+            ["python", "-c", f"import onnx; print(onnx.load({graph!r}, load_external_data=False).graph.input)"]
+        )
     if target == "sglang":
         words = ["python", "-m", "sglang.launch_server", "--model-path", model]
         return shlex.join(map(str, [*words, *(["--lora-paths", f"trained={adapter}"] if adapter else [])]))

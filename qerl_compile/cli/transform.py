@@ -1,5 +1,6 @@
 """`qerl-compile transform MODEL -o DIR`: a packed directory that loads in seconds and that vLLM serves."""
 
+from qerl_compile.cli.calibrating import CalibrateOn
 from qerl_compile.cli.options import Device, Model, Out, RecipeName, Sets, TrustRemoteCode
 
 
@@ -8,15 +9,18 @@ def transform(
     out: Out,
     recipe: RecipeName = "qerl-nvfp4-aqn",
     set_: Sets = [],  # noqa: B006  # typer wants a list literal
+    calibrate_on: CalibrateOn = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model to NVFP4 and write the packed checkpoint."""
+    from qerl_compile.cli.calibrating import calibration_texts, export_options, summary
     from qerl_compile.cli.console import quiet_libraries, stdout, wrote
     from qerl_compile.cli.runs import base_name, open_tokenizer, refuse_output
 
     quiet_libraries()
     refuse_output(out)
+    from qerl_compile.calibrating import calibrate
     from qerl_compile.cli.hints import train_command
     from qerl_compile.errors import RecipeError
     from qerl_compile.exporters import export
@@ -32,12 +36,19 @@ def transform(
             do="Use --recipe nvfp4-lora, or train MODEL itself with this recipe.",
         )
     tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
-    packed = load(model, rules, inner="eager", device=device, trust_remote_code=trust_remote_code)
+    options = {"inner": "eager", "device": device, "trust_remote_code": trust_remote_code}
+    if calibrate_on is None:
+        packed = load(model, rules, **options)
+    else:
+        texts, reports = calibration_texts(calibrate_on, tokenizer), []
+        packed = calibrate(model, rules, texts, tokenizer=tokenizer, listen=reports.append, **options)
+        stdout().print(summary(reports))
     plan = packed.qerl.plan
     stdout().print(
-        f"{type(packed).__name__}: {len(plan.quantize)} linears to NVFP4 in {len(plan.layers)} layers, "
+        f"{type(packed).__name__}: {len(plan.quantize) + len(plan.trained_weights)} linears to NVFP4 in {len(plan.layers)} layers, "
         f"{len(plan.groups)} fused groups; in training the recipe adds {len(plan.lora)} adapters "
         f"and {len(plan.noise)} noisy norms"
     )
-    export(packed, out, target="vllm", tokenizer=tokenizer, base_name=base_name(model))
-    wrote(out, "NVFP4A16 checkpoint", then=train_command(out, recipe, set_))
+    scales = export_options(packed)
+    export(packed, out, target="vllm", tokenizer=tokenizer, base_name=base_name(model), **scales)
+    wrote(out, f"NVFP4{'' if 'activations' in scales else 'A16'} checkpoint", then=train_command(out, recipe, set_))

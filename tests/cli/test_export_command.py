@@ -1,3 +1,4 @@
+import json
 import shlex
 
 import torch
@@ -57,3 +58,43 @@ def test_exports_that_cannot_be_are_refused_and_leave_nothing(world, packed, run
     assert "got 'vlm'" in refusal("export", tmp_path / "no-such-model", "--target", "vlm", "-o", out)
     assert "got an existing one" in refusal("export", tmp_path / "none", "--target", "vllm", "-o", run.path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_format_that_the_target_does_not_have_is_refused_before_the_model_is_looked_for(tmp_path):
+    out = tmp_path / "out"
+    missing = tmp_path / "no-such-model"
+    assert "got format" in refusal("export", missing, "--target", "peft", "--format", "modelopt", "-o", out)
+    assert "got neither" in refusal("export", missing, "--target", "vllm", "--keep-failing", "-o", out)
+    budget = ("--verify", "--budget", "sqnr=1")
+    assert "merge_kl" in refusal("export", missing, "--target", "vllm", *budget, "-o", out)
+
+
+def test_a_packed_base_is_exported_for_tensorrt_llm_and_measured_on_the_way(packed, world, tmp_path):
+    out, text = tmp_path / "trt", tmp_path / "text.txt"
+    text.write_text("One and one is two, and two and two is four. " * 4)
+    wide = ("--budget", "perplexity_increase=1e9", "--budget", "sqnr_db=0")  # of a random model
+    said = succeed(
+        *("export", packed.path, "--target", "tensorrt-llm", "--verify", "--text", text, "--base", world / "base"),
+        *(*wide, "-o", out),
+    )
+    assert "Schema of tensorrt-llm" in said
+    assert last_line(said) == f"trtllm-serve {out}"
+    assert json.loads((out / "hf_quant_config.json").read_text())["quantization"]["quant_algo"] == "W4A16_NVFP4"
+    assert "Quality" in (out / "README.md").read_text()
+
+
+def test_a_merge_over_its_budget_is_refused_with_the_number_and_leaves_only_its_page(run, tmp_path):
+    out = tmp_path / "merged"
+    said = refusal("export", run.path, "--target", "vllm", "--merge", "nvfp4", "--budget", "merge_kl=0", "-o", out)
+    assert "KL to the model with its adapter" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged.quality.html"]
+
+
+def test_a_merged_run_is_a_dense_model_that_computes_what_was_trained(run, tmp_path):
+    out = tmp_path / "dense"
+    wide = [word for name in ("merge_kl=9", "effect_kept=0", "sqnr_db=0") for word in ("--budget", name)]
+    said = succeed("export", run.path, "--target", "vllm", "--merge", "dequantized", *wide, "-o", out)
+    assert "bf16 weights with the adapter merged (dequantized)" in said
+    names = load_file(out / "model.safetensors")
+    assert not [name for name in names if "weight_packed" in name or "lora" in name]
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out)(input_ids=IDS).logits).all()
