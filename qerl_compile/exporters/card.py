@@ -1,9 +1,10 @@
 """Model cards: the README.md of an exported directory, saying what it is, how it was made and how to check it.
 
 The metadata block is written by huggingface_hub (`base_model` makes the hub link the two). The body is ours: a table of
-facts, how to load it, the complete recipe with its hash, and the SHA-256 of every file.
+facts, how to load it, the complete recipe with its hash, and the SHA-256 of every file. A quality is stated only where
+it was measured on the written files (exporters/verify), in a section that `add_quality` puts in afterwards.
 
-What this module does not do: claim a licence or a quality; both are the base model's and the reader's to judge.
+What this module does not do: claim a licence, which is the base model's.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from typing import Any
 from torch import nn
 
 CARD = "README.md"
+FILES = "## Files"
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,16 @@ def write_card(directory: Path, card: Card) -> None:
     ]
     if card.recipe_yaml:
         parts += ["## Recipe", f"```yaml\n{card.recipe_yaml.strip()}\n```"]
-    parts += ["## Files", "| file | bytes | SHA-256 |\n|---|---|---|\n" + "\n".join(_file_rows(directory))]
+    parts.append(_files(directory))
     content = f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
     ModelCard(content).save(directory / CARD)
+
+
+def add_quality(directory: Path, section: str) -> None:
+    """Put a section before the list of files in README.md, and list the files anew, with those that came since."""
+    card = directory / CARD
+    before = card.read_text(encoding="utf-8").rpartition(FILES)[0]
+    card.write_text(f"{before}{section}\n\n{_files(directory)}\n", encoding="utf-8")
 
 
 def provenance(model: nn.Module, base_name: str | None) -> tuple[str, str]:
@@ -85,6 +94,10 @@ def shown_base(base_name: str) -> str:
     """The base model's name for readers: of a local path only the last part, for a card may be published."""
     local = base_name.startswith((".", "/", "~")) or Path(base_name).exists()
     return Path(base_name).name if base_name and local else base_name
+
+
+def _files(directory: Path) -> str:
+    return f"{FILES}\n\n| file | bytes | SHA-256 |\n|---|---|---|\n" + "\n".join(_file_rows(directory))
 
 
 def _file_rows(directory: Path) -> list[str]:

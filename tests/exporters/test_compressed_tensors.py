@@ -284,7 +284,8 @@ def test_a_dense_model_is_refused(state, tmp_path):
 
 
 def test_an_unknown_target_is_refused(state, tmp_path):
-    with pytest.raises(ExportError, match=r"target: expected one of peft, sglang, vllm; got 'onx'"):
+    known = "onnx, peft, sglang, tensorrt-llm, transformers, vllm"
+    with pytest.raises(ExportError, match=rf"target: expected one of {known}; got 'onx'"):
         export(state.tiny_model("llama"), tmp_path / "out", target="onx")
 
 

@@ -1,0 +1,170 @@
+"""Where dense weights come from while a model is calibrated: memory, or a checkpoint that is read layer by layer.
+
+A model in memory has its weights already. From a checkpoint the model is built on the meta device, everything outside
+the decoder layers is read first, and a layer's tensors come when its turn does. Once a layer is packed its dense
+weights are gone, so that at most one layer of them exists.
+
+Headers are judged before a tensor is read (checkpoint_dir.py), names and shapes are compared with the model's, and
+every tensor is checked for NaN and Inf as it arrives.
+
+What this module does not do: read packed checkpoints. Their full weights are gone, so there is nothing to calibrate.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qerl_compile.checkpoint_dir import CheckpointDirectory, open_checkpoint
+from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
+from qerl_compile.errors import CheckpointError, ModelError
+from qerl_compile.formats.nvfp4 import check_weight
+from qerl_compile.graph import held_tensor
+from qerl_compile.layouts import layout_of
+from qerl_compile.loading import empty_model, model_directory, usable_device
+from qerl_compile.plan import Plan
+from qerl_compile.transforming import refuse_unsuitable
+
+
+class DenseWeights(Protocol):
+    """Gives a model its dense weights. `name` is where they came from."""
+
+    name: str
+
+    def outside(self, plan: Plan) -> None:
+        """Provide everything outside the decoder layers."""
+        ...
+
+    def layer(self, path: str) -> None:
+        """Provide one decoder layer."""
+        ...
+
+
+class InMemory:
+    """A model that has its weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+
+    def outside(self, plan: Plan) -> None:
+        """Look for NaN and Inf in what will be packed, before any of it is.
+
+        Raises:
+            FormatError: naming the first.
+        """
+        for path in plan.quantize:
+            check_weight(held_tensor(self.model.get_submodule(path), "weight"), path)
+
+    def layer(self, path: str) -> None:
+        """Do nothing."""
+
+
+class FromCheckpoint:
+    """A model on the meta device, filled from a dense checkpoint.
+
+    Args:
+        model: parameters on meta; tied ones are tied.
+        checkpoint: judged.
+        device: where tensors go.
+        name: what the user called it.
+
+    Raises:
+        CheckpointError: a name or shape is not the model's.
+    """
+
+    def __init__(self, model: Any, checkpoint: CheckpointDirectory, device: torch.device, name: str) -> None:
+        self.model, self.checkpoint, self.device, self.name = model, checkpoint, device, name
+        tensors = dict(model.state_dict(keep_vars=True))
+        holders: dict[int, str] = {}
+        tied = [name for name, tensor in tensors.items() if holders.setdefault(id(tensor), name) != name]
+        wanted = {name: tensor for name, tensor in tensors.items() if name not in tied}
+        compare_names(list(wanted), list(checkpoint.tensors), where=str(checkpoint.root), optional=tied)
+        for name, tensor in wanted.items():
+            entry = checkpoint.tensors[name]
+            if entry.shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    where=f"{entry.file}: tensor {name!r}",
+                    expected=f"shape {list(tensor.shape)}, from config.json",
+                    got=f"shape {list(entry.shape)}",
+                    do="Check that config.json belongs to these weights.",
+                )
+        self.dtypes = {name: tensor.dtype for name, tensor in wanted.items()}
+
+    def outside(self, plan: Plan) -> None:
+        """Read everything outside the decoder layers, and move the buffers that the model computed itself."""
+        inside = tuple(f"{layer}." for layer in plan.layers)
+        self._read([name for name in self.dtypes if not name.startswith(inside)])
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(self.device)
+        self.model.tie_weights()
+
+    def layer(self, path: str) -> None:
+        """Read one decoder layer."""
+        self._read([name for name in self.dtypes if name.startswith(f"{path}.")])
+
+    def _read(self, names: Sequence[str]) -> None:
+        from safetensors import safe_open
+
+        for shard in dict.fromkeys(self.checkpoint.tensors[name].file for name in names):
+            with safe_open(shard, framework="pt", device=str(self.device)) as reader:
+                for name in names:
+                    if self.checkpoint.tensors[name].file == shard:
+                        self._put(name, finite_or_raise(name, reader.get_tensor(name), shard))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        value = tensor.to(self.dtypes[name])
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+
+
+def opened(
+    model_or_path: nn.Module | str | PathLike[str],
+    tokenizer: Any,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    *,
+    trust_remote_code: bool,
+) -> tuple[Any, Any, DenseWeights]:
+    """Return the model, its tokenizer and its weights; arguments as of `calibrate`.
+
+    Raises:
+        ModelError: a model in memory without a tokenizer, or with a device or dtype; a packed checkpoint.
+        CheckpointError: as `load`.
+    """
+    if isinstance(model_or_path, nn.Module):
+        refuse_unsuitable(model_or_path)
+        surplus = [name for name, value in (("device", device), ("dtype", dtype)) if value is not None]
+        if surplus or tokenizer is None:
+            raise ModelError(
+                where="calibrate",
+                expected="a tokenizer, and a model that is on its device in its dtype",
+                got=f"{surplus[0]}= with a model in memory" if surplus else "a model in memory without a tokenizer",
+                do=f"Move the model before, and leave out {surplus[0]}=." if surplus else "Pass tokenizer=.",
+            )
+        return model_or_path, tokenizer, InMemory(model_or_path)
+    root = model_directory(model_or_path)
+    checkpoint = open_checkpoint(root, trust_remote_code=trust_remote_code)
+    if layout_of(checkpoint).linears:
+        raise ModelError(
+            where=str(root),
+            expected="a dense checkpoint",
+            got="a packed one, whose full weights are gone",
+            do="Calibrate the bf16 checkpoint of this model.",
+        )
+    place = usable_device(device)
+    model = empty_model(root, dtype=dtype)
+    weights = FromCheckpoint(model, checkpoint, place, str(model_or_path))
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(root)
+    return model, tokenizer, weights

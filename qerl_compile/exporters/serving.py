@@ -1,0 +1,167 @@
+"""Write a checkpoint for a serving engine: the steps that all layouts share.
+
+    read        what is served, judged before a byte is written      served_state.py, fused_partners.py
+    lay out     names, dtypes, shapes of the file's tensors          compressed_tensors.py, modelopt.py
+    write       config, shards, tokenizer, generation config         shards.py
+    check       against the table of what the engine accepts         schemas.py
+    card        README.md                                            served_card.py
+    publish     by one rename, whole or not at all                   staged_write.py
+
+LoRA factors are not written: an adapter is a file of its own (peft.py) which engines load on top, because merging it
+into 4-bit weights rounds it away. Norms that were trained are part of the adapter, so the base's are written;
+`norms_in_base` writes the trained ones instead, rounded to bfloat16, because vLLM refuses an adapter that brings norms.
+
+Activations stay in 16 bits unless asked for: that is the function that was trained, and on Hopper it is what engines
+compute anyway. The same goes for the cache.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from qerl_compile.errors import ExportError
+from qerl_compile.exporters.card import write_card
+from qerl_compile.exporters.fused_partners import check_partners
+from qerl_compile.exporters.schemas import check_schema, split_target
+from qerl_compile.exporters.served_card import served_card
+from qerl_compile.exporters.served_state import DENSE_DTYPE, ServedState, served_state
+from qerl_compile.exporters.shards import Entry, in_model_order, write_shards
+from qerl_compile.passes.quantize import Direction
+from qerl_compile.staged_write import refuse_existing, staged_directory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a format writes what is served.
+
+    Attributes:
+        name: its quant_method.
+        shown: its name in the card.
+        direction: of the scalars it stores.
+        label: what it calls the scheme, such as NVFP4A16.
+        entries: the file's tensors.
+        describe: writes quantization_config into the config.json of a directory, and files of its own.
+        for_engines: whether programs read it that know a model by the names of its published checkpoints.
+    """
+
+    name: str
+    shown: str
+    direction: Direction
+    label: Callable[[ServedState], str]
+    entries: Callable[[ServedState], dict[str, Entry]]
+    describe: Callable[[ServedState, Path], None]
+    for_engines: bool = True
+
+
+def write_checkpoint(
+    model: nn.Module,
+    out_dir: str | PathLike[str],
+    layout: Layout,
+    *,
+    target: str,
+    tokenizer: Any,
+    base_name: str | None,
+    shard_size_bytes: float,
+    norms_in_base: bool,
+    activations: str,
+    kv_cache: str,
+) -> None:
+    """Write config, safetensors shards, tokenizer and card.
+
+    Args:
+        model: a `PreTrainedModel` with packed linears (the state is described in passes/quantize.py).
+        out_dir: must not exist.
+        layout: the format.
+        target: the engine, with a version if it is to be that one: "vllm", "vllm==0.33".
+        tokenizer: anything with `save_pretrained`, or None.
+        base_name: hub id or path of the base model; default: what `model.qerl` recorded.
+        shard_size_bytes: a shard holds at most this many bytes, or one tensor. It is also what is held in memory.
+        norms_in_base: write trained norms in the place of the base's, if there are any.
+        activations: "16" or "4" bits; 4 needs calibrated input scales.
+        kv_cache: "16" or "8" bits; 8 needs calibrated scales of keys and values.
+
+    Raises:
+        ExportError: nothing is packed, fused partners disagree, NaN or Inf, scales that are missing, stacked experts,
+            an engine that does not accept the result, or `out_dir` exists.
+    """
+    refuse_existing(out_dir)
+    split_target(target)
+    if layout.for_engines:
+        _refuse_stacked_experts(model)
+    state = served_state(model, norms_in_base=norms_in_base, activations=activations, kv_cache=kv_cache)
+    check_partners(model, state.packed, state.numbers(layout.direction))
+    entries = in_model_order(model, layout.entries(state))
+    with staged_directory(out_dir) as stage:
+        _write_config(model, stage)
+        layout.describe(state, stage)
+        write_shards(entries, stage, int(shard_size_bytes))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        _refuse_problems(stage, target)
+        total_bytes = sum(entry.size_bytes for entry in entries.values())
+        card = served_card(
+            model,
+            state,
+            label=layout.label(state),
+            shown_format=layout.shown,
+            method=layout.name,
+            target=target,
+            total_bytes=total_bytes,
+            base_name=base_name,
+            norms_in_base=norms_in_base,
+        )
+        write_card(stage, card)
+
+
+def dense_entries(state: ServedState) -> dict[str, Entry]:
+    """What both layouts write alike: all that is not packed, floating point in bfloat16."""
+    return {
+        name: Entry.of(tensor, DENSE_DTYPE if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in state.dense.items()
+    }
+
+
+def _write_config(model: nn.Module, stage: Path) -> None:
+    source: Any = model
+    config = copy.deepcopy(source.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = DENSE_DTYPE
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the source's; the layout writes its own
+    config.save_pretrained(stage)
+    if source.can_generate():
+        # Not save_pretrained, which refuses settings that published models do have, such as a temperature for greedy.
+        source.generation_config.to_json_file(stage / "generation_config.json")
+
+
+def _refuse_stacked_experts(model: nn.Module) -> None:
+    """Refuse parameters [E, N, K]: transformers keeps experts stacked, under names that no engine reads.
+
+    Its save_pretrained takes them apart again. A state_dict that is written as it is would be a checkpoint of another
+    model, and `ignore` would have to name linears that do not exist here.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 2:
+                raise ExportError(
+                    where=f"{path}.{leaf}",
+                    expected="matrices, under the names of the published checkpoint",
+                    got=f"experts stacked into one tensor {list(parameter.shape)}",
+                    do="Serve mixture-of-experts models from their own checkpoint, with the adapter (target peft).",
+                )
+
+
+def _refuse_problems(stage: Path, target: str) -> None:
+    problems = check_schema(stage, target)
+    if problems:
+        first = problems[0]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ExportError(where=first.where, expected=first.expected, got=f"{first.got}{more}", do=first.do)
