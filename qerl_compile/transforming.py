@@ -156,6 +156,11 @@ def state_of(model: nn.Module) -> TransformState:
 
 
 def refuse_unsuitable(model: nn.Module) -> None:
+    """Refuse what is no dense transformers model in memory, before any work.
+
+    Raises:
+        ModelError: it is transformed already, another quantizer's, on meta, or no `PreTrainedModel`.
+    """
     from transformers import PreTrainedModel
 
     got = do = None

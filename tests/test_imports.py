@@ -50,12 +50,16 @@ def test_the_public_names_cost_torch_and_no_model_library():
 def test_an_unknown_public_name_is_an_attribute_error_that_lists_the_known_ones():
     import qerl_compile
 
-    with pytest.raises(AttributeError, match="'laod'; it has Recipe, calibrate, export, load, resample_noise, transform"):
+    names = "Recipe, calibrate, export, load, resample_noise, transform"
+    with pytest.raises(AttributeError, match=f"'laod'; it has {names}"):
         qerl_compile.laod  # noqa: B018
     assert set(qerl_compile.__all__) - {"__version__"} == set(qerl_compile._HOMES)
 
 
-@pytest.mark.parametrize("command", ["", "transform", "train", "eval", "report", "generate", "export", "inspect", "diff"])
+COMMANDS = ("transform", "train", "eval", "report", "generate", "export", "inspect", "diff")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_exists_for_every_command_and_names_its_options(command):
     from typer.testing import CliRunner
 
@@ -68,10 +72,10 @@ def test_help_exists_for_every_command_and_names_its_options(command):
 
 
 def test_help_loads_no_torch():
-    code = """
+    code = f"""
 import sys
 from qerl_compile.cli import main
-for command in ([], ["transform"], ["train"], ["eval"], ["report"], ["generate"], ["export"], ["inspect"], ["diff"]):
+for command in ([], *([each] for each in {COMMANDS})):
     sys.argv = ["qerl-compile", *command, "--help"]
     try:
         main()

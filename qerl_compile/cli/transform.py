@@ -44,8 +44,9 @@ def transform(
         packed = calibrate(model, rules, texts, tokenizer=tokenizer, listen=reports.append, **options)
         stdout().print(summary(reports))
     plan = packed.qerl.plan
+    count = len(plan.quantize) + len(plan.trained_weights)
     stdout().print(
-        f"{type(packed).__name__}: {len(plan.quantize) + len(plan.trained_weights)} linears to NVFP4 in {len(plan.layers)} layers, "
+        f"{type(packed).__name__}: {count} linears to NVFP4 in {len(plan.layers)} layers, "
         f"{len(plan.groups)} fused groups; in training the recipe adds {len(plan.lora)} adapters "
         f"and {len(plan.noise)} noisy norms"
     )

@@ -58,9 +58,9 @@ def test_an_overwritten_block_scale_is_refused(model, tmp_path):
 
 def test_an_adapter_is_not_folded_into_a_head_that_is_the_embedding(tmp_path):
     pytest.importorskip("onnxscript")
-    recipe = Recipe.resolve(
-        {"version": 1, "lora": [{"match": "lm_head", "rank": 4, "alpha": 8}]},
-    )
+    quantize = [{"match": ".*_proj", "format": "nvfp4"}]
+    lora = [{"match": "lm_head", "rank": 4, "alpha": 8}]
+    recipe = Recipe.resolve({"version": 1, "quantize": quantize, "lora": lora})
     model = transform(tiny_model("gemma3", layers=1), recipe, inner="eager")
     with pytest.raises(ExportError, match="lm_head: expected a weight of its own"):
         export_onnx(model, tmp_path / "out", adapter="folded")

@@ -8,14 +8,14 @@ bias**, on the old scales, up with the probability of how far up it lies:
 
     q = ⌊T / step⌋ · step, one step more if r < T / step - ⌊T / step⌋        r uniform in [0, 1); the mean of q is T
 
-A weight changes in a hundred, by a whole step, and each row of the product has the adapter's effect plus a noise of
-random sign. Measured on SmolLM2 with an adapter whose removal costs 0.43 nats per token (the same 990 tokens for all):
+A few weights in a hundred change, by a whole step, and each row of the product has the adapter's effect plus a noise
+of random sign. Measured on SmolLM2 (benchmarks/results/merge_rounding.txt, KL to the adapted model in nats per token):
 
-    rounded to nearest, or with searched scales (formats/scale_search.py)    0.47 nats      0.4 % of the effect kept
-    error feedback between columns with calibration inputs (GPTQ)            0.075          75 %
-    without bias, needing no inputs                                          0.030          97 %
-
-(The first row is from another 3,767 tokens, on which the removal costs 0.47.) See benchmarks/results/export_quality.md.
+                                                                     KL       effect kept   without the adapter
+    nearest, afresh                                                  0.472    0.4 %         0.474
+    nearest, block scales of least squared error (scale_search.py)   0.473    0.3 %         0.474
+    error feedback between columns, with calibration inputs (GPTQ)   0.075    75 %          0.428
+    without bias, which needs no inputs                              0.030    97 %          0.428
 
 A weight at the end of its block's range cannot grow, and what clipping takes from B·A is a bias: some 6 % of its energy
 if it is small. Where it is a tenth of B·A's energy or more, B·A is no small change any more and the group

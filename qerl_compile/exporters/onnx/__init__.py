@@ -62,8 +62,9 @@ def export_onnx(
         base_name: hub id or path of the base model, for the card; default: what `model.qerl` recorded.
 
     Raises:
-        ExportError: an unknown runtime or mode, a missing library, a model that cannot be written so, NaN or Inf, or
-            `out_dir` exists.
+        ExportError: an unknown runtime or mode, a missing library, nothing packed, a model that cannot be written so,
+            NaN or Inf, or `out_dir` exists.
+        FormatError: NaN or Inf in a full weight that is trained and would be packed.
     """
     refuse_existing(out_dir)
     _check_choices(runtime, adapter)

@@ -5,7 +5,8 @@
     the rest     initializer → what read the weight
 
 Nodes go right before the first that reads their result, so that a runtime that follows the file's order never holds
-more than one decoded weight."""
+more than one decoded weight.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

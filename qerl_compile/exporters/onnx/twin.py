@@ -16,7 +16,8 @@ That costs memory in long texts and saves a runtime from cropping.
 What this module does not do: models whose state is no growing cache of keys and values (recurrent layers).
 
 Shape legend: B batch, S new tokens, P cached tokens, L layers with a cache, J key-value heads, D head size, V
-vocabulary."""
+vocabulary.
+"""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """Which numbers the graph computes with, and how each is stored.
 
-    packed linears           their codes and scales (packed_nodes.py)
+    packed linears           their codes and scales (packed_nodes.py); full weights that are trained get theirs here
     adapter "kept"           lora_A and lora_B, float32, in a branch of two MatMuls (twin.py)
     adapter "folded"         W + B·A · alpha / r, dense, in the dtype that the linear had before it was packed
     norms that were trained  as trained, float32
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from qerl_compile.adapter_files import TRAINED_NORM, Adapter, adapters_of
-from qerl_compile.errors import ExportError, FormatError
+from qerl_compile.errors import ExportError
+from qerl_compile.exporters.served_state import packed_linears
 from qerl_compile.formats.nvfp4 import dequantize
 from qerl_compile.formats.packed_nvfp4 import PackedNVFP4
 from qerl_compile.graph import held_tensor, leaf_tensor
@@ -55,23 +56,13 @@ def read_numbers(model: nn.Module, *, adapter: str) -> Numbers:
         adapter: "kept" or "folded".
 
     Raises:
-        ExportError: a packed weight breaks its format, or NaN or Inf in another one.
+        ExportError: nothing is packed, a packed weight breaks its format, NaN or Inf in another one, or an adapter is
+            to be folded into a weight that two modules share.
+        FormatError: NaN or Inf in a full weight that is trained and would be packed.
     """
     adapters = adapters_of(model)
     folded = adapters if adapter == "folded" else {}
-    packed: dict[str, PackedNVFP4] = {}
-    for path, module in model.named_modules():
-        try:
-            mine = packed_of(module)
-        except FormatError as fault:
-            raise ExportError(
-                where=f"{path}: {fault.where}",
-                expected=fault.expected,
-                got=fault.got,
-                do="Load the model again; its packed weights were overwritten.",
-            ) from None
-        if mine is not None:
-            packed[path] = mine
+    packed = packed_linears(model)
     _refuse_not_finite(model, packed)
     _refuse_shared(model, folded)
     return Numbers(
