@@ -74,7 +74,9 @@ def export(
 
     quiet_libraries()
     choices = {"format": format_, "activations": activations, "kv_cache": kv_cache, "runtime": runtime}
-    options = {name: value for name, value in {**choices, "adapter": adapter}.items() if value is not None}
+    options: dict[str, Any] = {
+        name: value for name, value in {**choices, "adapter": adapter}.items() if value is not None
+    }
     check_target(target, **options)
     refuse_output(out)
     measured = bool(merge) or verify
@@ -84,7 +86,12 @@ def export(
 
     limits, texts = _limits(budget), _texts(text)
     policy, tokenizer, base_name = open_model(model, inner="eager", device=device)
-    shared = {"target": target, "tokenizer": tokenizer, "base_name": base_name, "norms_in_base": norms_in_base}
+    shared: dict[str, Any] = {
+        "target": target,
+        "tokenizer": tokenizer,
+        "base_name": base_name,
+        "norms_in_base": norms_in_base,
+    }
     if measured:
         found = export_verified(
             *(policy, out),
