@@ -112,7 +112,6 @@ def _adapted_linear_cuda(
     x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, a_RK: Tensor, b_NR: Tensor
 ) -> Tensor:
     from qerl_compile.kernels import cuda
-    from qerl_compile.kernels.lora_down import lora_down
 
     _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR)
     in_place = codes_NK2.is_contiguous() and block_decode_scale_NG.is_contiguous()
@@ -120,7 +119,7 @@ def _adapted_linear_cuda(
         y = ops.quantized_linear(x, codes_NK2, block_decode_scale_NG, decode_scale)
         return _add_branch(x, y, a_RK, b_NR)
     x_MK = x.reshape(-1, x.shape[-1])
-    y_MN = cuda.linear(x_MK, codes_NK2, block_decode_scale_NG, decode_scale, lora_down(x_MK, a_RK), b_NR)
+    y_MN = cuda.adapted_linear(x_MK, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR)
     return y_MN.view(*x.shape[:-1], codes_NK2.shape[0])
 
 
