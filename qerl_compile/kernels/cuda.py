@@ -109,12 +109,11 @@ def adapted_linear(
 
 def _one_lead_in(x_MK: Tensor, a_RK: Tensor, b_NR: Tensor, choice: dict[str, Any]) -> bool:
     """Whether h and x in order can come from one launch, and the GEMM can add h · Bᵀ."""
-    if choice["kernel"] not in ("hopper", "stream") or a_RK.shape[0] not in RANKS or b_NR.stride(1) != 1:
-        return False
-    from qerl_compile.kernels import lead_in, nvfp4_hopper, nvfp4_stream_launch
+    from qerl_compile.kernels import lead_in, nvfp4_hopper, nvfp4_stream_launch, overlap
     from qerl_compile.kernels.nvfp4_arithmetic import GLUON
 
-    if not (GLUON and lead_in.supports(x_MK, a_RK)):
+    known = choice["kernel"] in ("hopper", "stream") and a_RK.shape[0] in RANKS and b_NR.stride(1) == 1
+    if not (GLUON and overlap.on(1) and known and lead_in.supports(x_MK, a_RK)):
         return False
     if choice["kernel"] == "stream":
         return nvfp4_stream_launch.reads_in_order(choice, x_MK.shape[1])

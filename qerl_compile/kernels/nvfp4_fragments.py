@@ -97,7 +97,7 @@ def fragments(
         bfloat16 [K / 256 + 1, 4, 64 * tokens], the last tile zero.
     """
     m, k = x_MK.shape
-    out = x_MK.new_empty(room(tokens, k))
+    out = x_MK.new_empty(*room(tokens, k))
     scratch, ticket_at, tickets = clear or (None, 0, 0)
     constants: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     launch = prepare(
