@@ -19,10 +19,10 @@ What comes before attention. With a bias, and with cos and sin, the call brings 
 Every program adds the bias to its q and rotates it, the one that stores k and v does it to those too, in float32 and
 rounded once (`_finished`). A rotation is a second read of the same cache lines with halves swapped.
 
-Dependent launches ("dependent" 1: the second kernel is one, 2: both; lead_in.py says what holds for all of them). Both kernels wait before they touch memory, and before
-any return, so that a kernel that has ended has waited. `_decode` lets the next kernel start when its loop is done and
-not before: a waiting CTA would take room from one that still loads keys (measured on an H100 with the trigger at the
-start: 0.7 µs less at one row, 1.5 more at eight ragged rows).
+Dependent launches ("dependent" 1: the second kernel is one, 2: both; lead_in.py says what holds for all of them). Both
+wait before they touch memory, and before any return, so that a kernel that has ended has waited. `_decode` lets the
+next kernel start when its loop is done and not before: a waiting CTA would take room from one that still loads keys
+(an H100, trigger at the start: 0.7 µs less at one row, 1.5 more at eight ragged ones of 7B).
 
 Pages. Where a page is a whole number of tiles, a tile has one page number, read one tile ahead. Else every position
 looks its page up, which is slower and right for any page size.

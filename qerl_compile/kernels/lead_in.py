@@ -26,7 +26,7 @@ a multiprocessor; x as it lies in memory (`NATURAL`), which needs no pass.
 Legend as in lora_down.py.
 """
 
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from typing import Any, NamedTuple
@@ -111,6 +111,11 @@ def sums(m: int, r: int, k: int) -> int:
     return r * slices * form["BM"] if slices > 1 else 0
 
 
+def lanes(fragments: bool, warps: int) -> int:
+    """How many lanes of `reorder` a program takes: 64 bytes a thread, so that few programs do it."""
+    return (64 if fragments else 128) * warps
+
+
 def behind(used: int) -> int:
     """Where partial sums of h begin in scratch of which the GEMM uses so many words."""
     return -(-used // 32) * 32
@@ -142,15 +147,13 @@ def launch(
     part, flag = h_MR, h_MR
     if slices > 1 and scratch is not None:
         part, flag = scratch[offset:], flags(x_MK.device, r // br)
-    lanes = (64 if order.fragments else 128) * warps
-    if order.fragments:
-        pieces = nvfp4_fragments.programs_for(order.tokens, k, lanes)
-    else:
-        pieces = m * -(-k // (8 * lanes))
+    width = lanes(order.fragments, warps)
+    fragments = nvfp4_fragments.programs_for(order.tokens, k, width)
+    pieces = fragments if order.fragments else m * -(-k // (8 * width))
     options: dict[str, Any] = {"launch_pdl": True} if waits else {}
     prepare(
         kernel, BM=form["BM"], BR=br, KS=form["KS"], STEPS=form["STEPS"], SLICES=slices, GROUPS=form["GROUPS"],
-        EVEN_K=k % piece == 0, FRAGMENTS=order.fragments, TOKENS=order.tokens, LANES=lanes, CLEAR=order.counters > 0,
+        EVEN_K=k % piece == 0, FRAGMENTS=order.fragments, TOKENS=order.tokens, LANES=width, CLEAR=order.counters > 0,
         WAITS=waits, TRIGGERS=triggers, ASM=ASM, num_warps=warps, num_stages=form["num_stages"], **options,
     )(
         (pieces + r // br * slices,), x_MK, a_RK, h_MR, part, flag, order.out, scratch if order.counters else None,

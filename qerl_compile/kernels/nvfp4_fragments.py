@@ -9,7 +9,7 @@ After the last tile comes one of zeros: warps whose stretch of K is a tile short
 The pass reads and writes x once; at decode sizes that is launch latency, part of which dependent launch hides.
 """
 
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from typing import Any

@@ -159,7 +159,13 @@ def linear(
             part = partial_sums(device, offset + lead_in.sums(m, rank, k))
             order = lead_in.Order(False, tokens, x, plan.partial, plan.counters)
             h_MR = lead_in.launch(
-                x_MK, lora_A_RK, order, part, offset, waits=dependent in (1, 3) and overlap.on(2), triggers=dependent > 0
+                x_MK,
+                lora_A_RK,
+                order,
+                part,
+                offset,
+                waits=dependent in (1, 3) and overlap.on(2),
+                triggers=dependent > 0,
             )
         strides = (1, 1) if h_MR is None or lora_B_NR is None else (h_MR.stride(0), lora_B_NR.stride(0))
         plan.launch(

@@ -8,7 +8,7 @@ pass reads and writes x once; at decode sizes that is launch latency, part of wh
 that needs no memory filled beforehand costs no node of its own in a CUDA graph.
 """
 
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from functools import cache

@@ -91,7 +91,9 @@ def linear(
             part = partial_sums(x_MK.device, offset + lead_in.sums(m, rank, k))
             x = x_MK.new_empty(*room(tokens, k))
             order = lead_in.Order(True, tokens, x, sums, tickets)
-            h_MR = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=dependent and overlap.on(2), triggers=dependent)
+            h_MR = lead_in.launch(
+                x_MK, lora_A_RK, order, part, offset, waits=dependent and overlap.on(2), triggers=dependent
+            )
         elif slices > 1:
             part = partial_sums(x_MK.device, sums + tickets)
             x = fragments(x_MK, tokens, dependent=dependent, clear=(part, sums, tickets))

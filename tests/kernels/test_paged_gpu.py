@@ -170,7 +170,8 @@ def test_table_of_times():
     clock = GpuClock()
     forms = {
         "default": {},
-        "combine waits": {"dependent": 1}, "both wait": {"dependent": 2},
+        "combine waits": {"dependent": 1},
+        "both wait": {"dependent": 2},
         "st2": {"num_stages": 2},
         "st4": {"num_stages": 4},
         "w2": {"num_warps": 2},

@@ -30,8 +30,8 @@ def lower(function, constants, dtype, options, capability=90):
 
 
 def decode(
-    group, d, page, *, dtype="*bf16", itemsize=2, split=True, window=0, rotary=False, bias=False, waits=False, triggers=False,
-    capability=90,
+    group, d, page, *, dtype="*bf16", itemsize=2, split=True, window=0, rotary=False, bias=False, waits=False,
+    triggers=False, capability=90,
 ):  # fmt: skip
     config = flash_decode.config(d, page, itemsize)
     constants = {
