@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from qerl_compile.backend import GraphCompiler
 from qerl_compile.isolation import call_region, isolated, mark_dynamic
-from qerl_compile.passes import Adapt, Fuse, LoRA, Noise, Pass, Quantize, Recompute, Rotary, TrainedNorms
+from qerl_compile.passes import Adapt, Fuse, LoRA, Noise, Pass, Quantize, Recompute, Residual, Rotary, TrainedNorms
 
 if TYPE_CHECKING:
     from qerl_compile.model import TransformState
@@ -52,7 +52,7 @@ def passes_for(state: "TransformState") -> list[Pass]:
 
 
 def rollout_passes_for(state: "TransformState") -> list[Pass]:
-    """Return the passes of rollout graphs: trained norms → noise → fuse → quantize → adapt → rotary."""
+    """Return the passes of rollout graphs: trained norms → noise → fuse → quantize → adapt → residual → rotary."""
     plan = state.plan
     groups = (*plan.groups, *plan.dense_groups)
     return [
@@ -61,6 +61,7 @@ def rollout_passes_for(state: "TransformState") -> list[Pass]:
         Fuse(groups),
         Quantize(frozenset(plan.quantize), plan.groups),
         Adapt(plan.lora, groups),
+        Residual(),
         Rotary(),
     ]
 

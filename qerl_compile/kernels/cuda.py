@@ -77,9 +77,15 @@ def linear(
 
 @on_its_device
 def adapted_linear(
-    x_MK: Tensor, codes_NK2: Tensor, block_NG: Tensor, decode_scale: Tensor, lora_A_RK: Tensor, lora_B_NR: Tensor
+    x_MK: Tensor,
+    codes_NK2: Tensor,
+    block_NG: Tensor,
+    decode_scale: Tensor,
+    lora_A_RK: Tensor,
+    lora_B_NR: Tensor,
+    residual_MN: Tensor | None = None,
 ) -> Tensor:
-    """y = (x · Pᵀ) · decode_scale + (x · Aᵀ) · Bᵀ; with few tokens in two launches (lead_in.py), else in three.
+    """y = (x · Pᵀ) · decode_scale + (x · Aᵀ) · Bᵀ [+ residual]; with few tokens in two launches (lead_in.py).
 
     Args:
         x_MK: bfloat16 [M, K] on CUDA, M >= 1.
@@ -88,23 +94,30 @@ def adapted_linear(
         decode_scale: float32, one element.
         lora_A_RK: bfloat16 [R, K], alpha / rank included; like codes not written by the kernel directly before.
         lora_B_NR: bfloat16 [N, R].
+        residual_MN: bfloat16 [M, N], added to the rounded y.
 
     Returns:
         bfloat16 [M, N].
     """
+    from qerl_compile.kernels import overlap
     from qerl_compile.kernels.lora_down import lora_down
 
     x_MK = _rows(x_MK)
     (n, k2), m = codes_NK2.shape, x_MK.shape[0]
     capability, multiprocessors = capability_and_multiprocessors(x_MK.device.index)
     choice = dispatch.choose("forward", n, k2 * 2, m, capability, multiprocessors)
+    y_MN = None
     if _one_lead_in(x_MK, lora_A_RK, lora_B_NR, choice):
+        in_kernel = choice["kernel"] == "stream" and overlap.on(16)
+        within = residual_MN if in_kernel and residual_MN is not None and residual_MN.stride(1) == 1 else None
         y_MN = _gluon_linear(
-            x_MK, codes_NK2, block_NG, decode_scale, None, lora_B_NR, lora_A_RK, choice, multiprocessors
+            x_MK, codes_NK2, block_NG, decode_scale, None, lora_B_NR, lora_A_RK, choice, multiprocessors, within
         )
-        if y_MN is not None:
+        if y_MN is not None and within is not None:
             return y_MN
-    return linear(x_MK, codes_NK2, block_NG, decode_scale, lora_down(x_MK, lora_A_RK), lora_B_NR, choice=choice)
+    if y_MN is None:
+        y_MN = linear(x_MK, codes_NK2, block_NG, decode_scale, lora_down(x_MK, lora_A_RK), lora_B_NR, choice=choice)
+    return y_MN if residual_MN is None else y_MN.add_(residual_MN)
 
 
 def _one_lead_in(x_MK: Tensor, a_RK: Tensor, b_NR: Tensor, choice: dict[str, Any]) -> bool:
@@ -130,6 +143,7 @@ def _gluon_linear(
     lora_A_RK: Tensor | None,
     choice: dict[str, Any],
     multiprocessors: int,
+    residual_MN: Tensor | None = None,
 ) -> Tensor | None:
     """`linear` by the kernels whose registers we lay out ourselves; None where they cannot take the weight."""
     from qerl_compile.kernels.nvfp4_arithmetic import GLUON
@@ -142,8 +156,9 @@ def _gluon_linear(
         return None
     if choice["kernel"] == "stream":
         return nvfp4_stream_launch.linear(
-            x_MK, codes_NK2, block_NG, decode_scale, choice, h_MR=h_MR, lora_B_NR=lora_B_NR, lora_A_RK=lora_A_RK
-        )
+            x_MK, codes_NK2, block_NG, decode_scale, choice, h_MR=h_MR, lora_B_NR=lora_B_NR, lora_A_RK=lora_A_RK,
+            residual_MN=residual_MN,
+        )  # fmt: skip
     in_kernel = nvfp4_hopper.room_for_lora(choice)
     h, lora = (h_MR, lora_B_NR) if in_kernel else (None, None)
     y_MN = nvfp4_hopper.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors, h, lora, lora_A_RK)

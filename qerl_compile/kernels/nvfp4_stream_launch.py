@@ -42,8 +42,9 @@ def linear(
     h_MR: Tensor | None = None,
     lora_B_NR: Tensor | None = None,
     lora_A_RK: Tensor | None = None,
+    residual_MN: Tensor | None = None,
 ) -> Tensor:
-    """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ].
+    """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ] [+ residual].
 
     Args:
         x_MK: bfloat16 [M, K], rows contiguous and 16-byte aligned, M <= config["T"].
@@ -55,6 +56,7 @@ def linear(
         lora_B_NR: bfloat16 [N, R].
         lora_A_RK: bfloat16 [R, K], in place of h, which lead_in.py then makes while it reorders x; its `supports` and
             `reads_in_order` must both say yes.
+        residual_MN: bfloat16 [M, N], rows contiguous: added to y after y is rounded, and rounded again.
 
     Returns:
         bfloat16 [M, N].
@@ -78,7 +80,7 @@ def linear(
     rank = 0 if lora_B_NR is None else lora_B_NR.shape[1]
     launch = prepare(
         nvfp4_stream.kernel, W=warps, R=rows, T=tokens, SLICES=slices, RANK=rank,
-        NATURAL=natural, DEPENDENT=dependent, num_warps=warps, **options,
+        NATURAL=natural, RESIDUAL=residual_MN is not None, DEPENDENT=dependent, num_warps=warps, **options,
     )  # fmt: skip
     y_MN = x_MK.new_empty(m, n)
     part, sums, tickets = None, tiles * slices * rows * tokens, tiles
@@ -101,7 +103,8 @@ def linear(
             x = fragments(x_MK, tokens, dependent=dependent)
         launch(
             (tiles, slices), x, codes_NK2, block_NG, decode_scale, y_MN, part if slices > 1 else None, h_MR, lora_B_NR,
-            m, n, k_tiles, codes_NK2.stride(0), block_NG.stride(0), x_MK.stride(0), n,
+            residual_MN, m, n, k_tiles, codes_NK2.stride(0), block_NG.stride(0), x_MK.stride(0), n,
             0 if h_MR is None else h_MR.stride(0), 0 if lora_B_NR is None else lora_B_NR.stride(0),
+            0 if residual_MN is None else residual_MN.stride(0),
         )  # fmt: skip
     return y_MN

@@ -1,7 +1,7 @@
 """Graph passes, in the order in which they run.
 
     training graphs   trained norms → noise → lora → fuse → quantize → recompute
-    rollout graphs    trained norms → noise → fuse → quantize → adapt → rotary
+    rollout graphs    trained norms → noise → fuse → quantize → adapt → residual → rotary
 
 A pass is two things (architecture.md, decision 4): `state`, which says what a module owns afterwards, and `__call__`,
 which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and
@@ -19,6 +19,7 @@ from qerl_compile.passes.lora import LoRA, LoraSite
 from qerl_compile.passes.noise import Noise
 from qerl_compile.passes.quantize import Quantize
 from qerl_compile.passes.recompute import Recompute
+from qerl_compile.passes.residual import Residual
 from qerl_compile.passes.rotary import Rotary
 from qerl_compile.passes.trained_norms import TrainedNorms
 
@@ -34,6 +35,7 @@ __all__ = [
     "Pass",
     "Quantize",
     "Recompute",
+    "Residual",
     "Rotary",
     "TrainedNorms",
 ]

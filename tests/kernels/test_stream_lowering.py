@@ -99,13 +99,14 @@ def test_identity_activations_read_out_every_code_under_every_scale(config, on_t
 
 
 def compiled(capability=90, **form):
-    constants = {"W": 4, "R": 16, "T": 8, "SLICES": 1, "RANK": 0, "NATURAL": False} | form
+    constants = {"W": 4, "R": 16, "T": 8, "SLICES": 1, "RANK": 0, "NATURAL": False, "RESIDUAL": False} | form
     constants["DEPENDENT"] = capability >= 90
     warps = constants["W"]
     constants |= {} if constants["RANK"] else {"h_ptr": None, "lora_ptr": None}
+    constants |= {} if constants["RESIDUAL"] else {"residual_ptr": None}
     constants |= {} if constants["SLICES"] > 1 else {"part_ptr": None}
     block = "*fp8e4nv" if capability >= 90 else "*u8"  # Triton has no E4M3 on Ampere, not even behind a pointer
-    return lower(nvfp4_stream.kernel, constants, capability, warps, block=block, gluon=True, extra={"x_ptr": "*bf16"})
+    return lower(nvfp4_stream.kernel, constants, capability, warps, block=block, gluon=True, extra={"x_ptr": "*bf16", "residual_ptr": "*bf16"})
 
 
 def main_loop(sass):
@@ -127,6 +128,7 @@ def count(opcode, sass):
 FORMS = {  # form, most instructions a weight, CTAs (four warps' worth) for which a multiprocessor has registers
     "8 tokens": ({}, 2.9, 5),
     "8 tokens, slices, LoRA": ({"SLICES": 2, "RANK": 32}, 2.9, 5),
+    "8 tokens, slices, LoRA, residual": ({"SLICES": 2, "RANK": 32, "RESIDUAL": True}, 2.9, 5),
     "8 tokens, eight warps": ({"W": 8, "RANK": 16}, 2.9, 4),
     "8 tokens, x as it is": ({"NATURAL": True}, 3.3, 4),
     "8 tokens, 32 rows": ({"R": 32}, 2.8, 3),
