@@ -31,6 +31,7 @@ decode_scale, h, B, and every write) after x has arrived in shared memory, hence
        as well, for the permutation itself ended after waiting. Before it, nothing that the kernel directly before the
        permutation wrote: a weight written by that very kernel must not come with them. (Weights are constants here.
        After `quantize` comes the reciprocal that makes decode_scale, and that is an ordinary launch.)
+Where an adapter comes with few tokens, lead_in.py is in the place of the permutation: what is said of that holds.
 Buffers are not overwritten too early either: in both, the permutation writes only when the previous call's main kernel
 has ended, in 1 and 3 because it waits first.
 """

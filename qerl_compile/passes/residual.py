@@ -14,6 +14,7 @@ dense linears, whose product is cuBLAS's.
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -44,13 +45,13 @@ class Residual:
                     break
 
 
-def _only_here(node: object) -> bool:
+def _only_here(node: Any) -> bool:
     """Whether `node` is an adapted linear without a residual, read once."""
     adapted = isinstance(node, fx.Node) and node.target is _ADAPTED
     return adapted and len(node.args) == _OPERANDS and not node.kwargs and len(node.users) == 1
 
 
-def _alike(linear: fx.Node, other: object) -> bool:
+def _alike(linear: fx.Node, other: Any) -> bool:
     """Whether both are known to be tensors of one shape and dtype."""
     pair = [node.meta.get("example_value") if isinstance(node, fx.Node) else None for node in (linear, other)]
     a, b = pair

@@ -1,7 +1,5 @@
 """The last sum of a layer inside its linear: text, bits, and sums that must stay outside."""
 
-# ruff: noqa: E501  # graph text
-
 import operator
 
 import pytest
