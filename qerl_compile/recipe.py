@@ -32,11 +32,29 @@ from pydantic import Field, ValidationError
 
 from qerl_compile.errors import RecipeError
 from qerl_compile.recipe_errors import key_path, recipe_error
-from qerl_compile.recipe_fields import LoraRule, NoiseConfig, Part, Pattern, QuantizeRule, TrainConfig
+from qerl_compile.recipe_fields import (
+    CalibrationConfig,
+    LoraRule,
+    NoiseConfig,
+    Part,
+    Pattern,
+    QuantizeRule,
+    SparsityRule,
+    TrainConfig,
+)
 from qerl_compile.recipe_yaml import MAX_BYTES, parse_yaml
 from qerl_compile.wording import nearest, printable, shown
 
-__all__ = ["LoraRule", "NoiseConfig", "QuantizeRule", "Recipe", "TrainConfig", "builtin_names"]
+__all__ = [
+    "CalibrationConfig",
+    "LoraRule",
+    "NoiseConfig",
+    "QuantizeRule",
+    "Recipe",
+    "SparsityRule",
+    "TrainConfig",
+    "builtin_names",
+]
 
 VERSION = 1
 _BUILTIN = Path(__file__).parent / "recipes"
@@ -53,6 +71,12 @@ class Recipe(Part):
 
     quantize: tuple[QuantizeRule, ...] = ()
     """Rules for the storage of linear weights; a linear that no rule matches stays dense."""
+
+    sparsify: tuple[SparsityRule, ...] = ()
+    """Rules for 2:4 sparsity of linear weights; a linear that no rule matches keeps all of them."""
+
+    calibration: CalibrationConfig | None = None
+    """What to measure on sample text while quantizing; null measures nothing and needs no text."""
 
     lora: tuple[LoraRule, ...] = ()
     """Rules for trainable low-rank branches; a linear that no rule matches gets none."""

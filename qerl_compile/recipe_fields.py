@@ -71,6 +71,57 @@ class QuantizeRule(Part):
     format: Literal["nvfp4", "none"] = "nvfp4"
     """Number format of the packed weight. `none` leaves the module dense (and stops the search: first match wins)."""
 
+    scales: Literal["amax", "mse", "four_over_six"] = "amax"
+    """How block scales are chosen: `amax` from the block's largest weight (the bytes of compressed-tensors), `mse` by
+    the least squared error over a few candidates, `four_over_six` by letting the largest weight land on 4 or on 6."""
+
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """`gptq` rounds column by column and lets later columns make up for the error; it needs calibration data."""
+
+    weights: Literal["packed", "trained"] = "packed"
+    """`trained` keeps the full-precision weight, trains it, and rounds it in every forward (quantization-aware
+    training, straight-through gradients); nothing is packed and no memory saved until the model is exported."""
+
+    @model_validator(mode="after")
+    def _trained_weights_round_plainly(self) -> Self:
+        if self.weights == "trained" and (self.scales != "amax" or self.rounding != "nearest"):
+            given = f"{self.scales} and {self.rounding}"
+            raise ValueError(
+                f"amax and nearest where weights are trained, as every step rounds; {given}"
+            )
+        return self
+
+
+class SparsityRule(Part):
+    """Which linear modules lose two of every four weights along the input (2:4), before they are quantized."""
+
+    match: Pattern
+    """Full-path regular expression over module paths."""
+
+    score: Literal["magnitude", "wanda", "none"] = "magnitude"
+    """What decides which two stay: |w|, or |w| times the norm of the input channel (Wanda, arXiv 2306.11695), which
+    needs calibration data. `none` leaves the module dense (and stops the search: first match wins)."""
+
+
+class CalibrationConfig(Part):
+    """What is measured on sample text while a model is quantized layer by layer; the text is no part of a recipe."""
+
+    samples: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 128
+    """How many samples of the text are read."""
+
+    tokens: Annotated[int, Field(strict=True, ge=16, le=1_000_000)] = 512
+    """Tokens in each sample."""
+
+    channel_scaling: Literal["none", "awq"] = "none"
+    """`awq` moves a factor per input channel from the activations into the weights before these are rounded, where a
+    norm feeds them that can take its reciprocal (arXiv 2306.00978)."""
+
+    activations: Flag = False
+    """Measure the largest input of every packed linear: the input scales that a W4A4 export needs."""
+
+    kv_cache: Literal["none", "fp8"] = "none"
+    """`fp8` measures the largest keys and values: scales of an FP8 cache in the export."""
+
 
 class LoraRule(Part):
     """Which linear modules get a trainable low-rank branch `y += (alpha / rank) * B A x`."""

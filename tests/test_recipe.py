@@ -139,9 +139,9 @@ RULE = "match: .*"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("quantize: [{mach: a}]", "recipe.yaml: quantize[0].mach: expected one of the keys match, format;"),
+        ("quantize: [{mach: a}]", "recipe.yaml: quantize[0].mach: expected one of the keys match, format, scales, rounding, weights;"),
         ("quantize: [{mach: a}]", "the unknown key 'mach' with the value 'a' (1 more after this one). Did you mean"),
-        ("quantise: []", "recipe.yaml: quantise: expected one of the keys version, name, quantize, lora, noise, train"),
+        ("quantise: []", "recipe.yaml: quantise: expected one of the keys version, name, quantize, sparsify, calibration, lora, noise, train"),
         ("quantise: []", "Did you mean `quantize`?"),
         ("noise: {sigma_strat: 1}", "Did you mean `sigma_start`?"),
         ("train: {lr: 1}", "recipe.yaml: train.lr: expected one of the keys steps, loss"),

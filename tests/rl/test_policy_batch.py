@@ -75,6 +75,12 @@ def test_a_larger_budget_makes_fewer_batches():
     assert [len(cut(max_tokens)) for max_tokens in (1, 14, 10_000)] == [4, 2, 1]
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(4, [2, 2]), (7, [3, 2, 2]), (6, [3, 3]), (5, [3, 2]), (1, [1])])
+def test_a_batch_of_one_row_is_made_only_where_there_is_one_row(count, sizes):
+    alike = [Rollout((5, 6, 7), (8, 9), (-1.0, -1.0), True)] * count
+    assert [len(batch.rows) for batch in cut(15, alike, torch.ones(count))] == sizes
+
+
 def test_no_signal_makes_no_batch():
     assert cut(100, advantages_N=torch.zeros(6)) == []
 

@@ -1,7 +1,7 @@
-"""What each of two processes runs: `python -m tests.rl.two_ranks OUT [FAULT]` under torchrun, or alone.
+"""What each of two processes runs: `python -m tests.rl.two_ranks OUT FAULT...` under torchrun; one alone calls `train`.
 
-Trains the toy for a few steps, and rank 0 writes metrics and adapters; every rank writes a digest of its adapters.
-FAULT "raise" makes rank 1 fail in its second step; "nan" gives rank 1 NaN log-probs in step 2.
+Trains the toy for a few steps, once for every FAULT, and rank 0 writes metrics and adapters; every rank writes a digest
+of its adapters. FAULT "raise" makes rank 1 fail in its second step; "nan" gives rank 1 NaN log-probs in step 2; "none".
 """
 
 import hashlib
@@ -20,9 +20,7 @@ from tests.rl.toy import toy_recipe, toy_trainer  # noqa: E402
 STEPS = 4
 
 
-def main() -> None:
-    out, fault = Path(sys.argv[1]), (sys.argv[2:] or [""])[0]
-    ranks = Ranks.join()
+def train(ranks: Ranks, out: Path, fault: str) -> None:
     recipe = toy_recipe(train__steps=STEPS, train__dynamic_sampling_rounds=1, train__updates_per_rollout=2)
     trainer, rows = toy_trainer(recipe, ranks=ranks)
     generate, calls = trainer.engine.generate, []
@@ -40,11 +38,13 @@ def main() -> None:
     trainer.train()
     adapters = [p.detach() for p in trainer.parameters]
     digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in adapters)).hexdigest()
-    (out / f"digest-{ranks.size}-{ranks.rank}").write_text(digest)
+    (out / f"digest-{fault}-{ranks.rank}").write_text(digest)
     if ranks.is_first:
-        torch.save(adapters, out / f"adapters-{ranks.size}.pt")
-        (out / f"rows-{ranks.size}.json").write_text(json.dumps(rows))
+        torch.save(adapters, out / f"adapters-{fault}.pt")
+        (out / f"rows-{fault}.json").write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main()
+    here = Ranks.join()
+    for each in sys.argv[2:]:
+        train(here, Path(sys.argv[1]), each)
