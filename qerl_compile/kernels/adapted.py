@@ -1,6 +1,6 @@
 """Linears with their adapter in one operator, for graphs that only generate.
 
-    adapted_linear(x, codes, block, decode, A, B)   y = (x · Pᵀ) · decode + (x · Aᵀ) · Bᵀ
+    adapted_linear(x, codes, block, decode, A, B)   y = (x · Pᵀ) · decode + (x · Aᵀ) · Bᵀ [+ residual]
     adapted_dense_linear(x, w, bias, A, B)          y = x · Wᵀ + bias     + (x · Aᵀ) · Bᵀ
 
 A and B are *stacked*: where q/k/v are one GEMM, A holds the rows of all three adapters (alpha / rank folded in) and B

@@ -4,8 +4,8 @@ Importing this module registers them and costs nothing: Triton and the kernels a
 on a GPU. Bfloat16 activations go to the kernels that dispatch.py names; other dtypes are served by the reference
 (dequantize in float32), which is right and slow. Every choice depends on shapes alone.
 
-`linear` below is one level under the operators: the rollout engine calls it with a LoRA branch (h · Bᵀ added in fp32
-in the epilogue where the kernel can, else by one `addmm`) and with weights in the twiddled layout.
+`linear` and `adapted_linear` below are one level under the operators: with a LoRA branch (h · Bᵀ added in fp32 in the
+epilogue where the kernel can, else by one `addmm`), as rollouts have it, and with weights in the twiddled layout.
 """
 
 from typing import Any
@@ -99,7 +99,6 @@ def adapted_linear(
     Returns:
         bfloat16 [M, N].
     """
-    from qerl_compile.kernels import overlap
     from qerl_compile.kernels.lora_down import lora_down
 
     x_MK = _rows(x_MK)
@@ -108,8 +107,8 @@ def adapted_linear(
     choice = dispatch.choose("forward", n, k2 * 2, m, capability, multiprocessors)
     y_MN = None
     if _one_lead_in(x_MK, lora_A_RK, lora_B_NR, choice):
-        in_kernel = choice["kernel"] == "stream" and overlap.on(16)
-        within = residual_MN if in_kernel and residual_MN is not None and residual_MN.stride(1) == 1 else None
+        in_kernel = choice["kernel"] == "stream" and residual_MN is not None and residual_MN.stride(1) == 1
+        within = residual_MN if in_kernel else None
         y_MN = _gluon_linear(
             x_MK, codes_NK2, block_NG, decode_scale, None, lora_B_NR, lora_A_RK, choice, multiprocessors, within
         )
@@ -122,11 +121,11 @@ def adapted_linear(
 
 def _one_lead_in(x_MK: Tensor, a_RK: Tensor, b_NR: Tensor, choice: dict[str, Any]) -> bool:
     """Whether h and x in order can come from one launch, and the GEMM can add h · Bᵀ."""
-    from qerl_compile.kernels import lead_in, nvfp4_hopper, nvfp4_stream_launch, overlap
+    from qerl_compile.kernels import lead_in, nvfp4_hopper, nvfp4_stream_launch
     from qerl_compile.kernels.nvfp4_arithmetic import GLUON
 
     known = choice["kernel"] in ("hopper", "stream") and a_RK.shape[0] in RANKS and b_NR.stride(1) == 1
-    if not (GLUON and overlap.on(1) and known and lead_in.supports(x_MK, a_RK)):
+    if not (GLUON and known and lead_in.supports(x_MK, a_RK)):
         return False
     if choice["kernel"] == "stream":
         return nvfp4_stream_launch.reads_in_order(choice, x_MK.shape[1])

@@ -19,10 +19,10 @@ What comes before attention. With a bias, and with cos and sin, the call brings 
 Every program adds the bias to its q and rotates it, the one that stores k and v does it to those too, in float32 and
 rounded once (`_finished`). A rotation is a second read of the same cache lines with halves swapped.
 
-Dependent launches ("dependent" 1: the second kernel is one, 2: both; lead_in.py says what holds for all of them). Both
-wait before they touch memory, and before any return, so that a kernel that has ended has waited. `_decode` lets the
-next kernel start when its loop is done and not before: a waiting CTA would take room from one that still loads keys
-(an H100, trigger at the start: 0.7 µs less at one row, 1.5 more at eight ragged ones of 7B).
+DEPENDENT (programmatic dependent launch of both kernels; lead_in.py says what holds for all that are). Both wait before
+they touch memory, and before any return, so that a kernel that has ended has waited. `_decode` lets the next kernel
+start when its loop is done and not before: a waiting CTA would take room from one that still loads keys (an H100,
+trigger at the start: 0.7 µs less at one row, 1.5 more at eight ragged ones of 7B).
 
 Pages. Where a page is a whole number of tiles, a tile has one page number, read one tile ahead. Else every position
 looks its page up, which is slower and right for any page size.
@@ -73,10 +73,10 @@ def _decode(
     stride_page_k, stride_page_v, stride_table,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROTARY: tl.constexpr,
-    WAITS: tl.constexpr, TRIGGERS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one kv head of one row; SCALE = scaling log2(e)."""
-    if WAITS:
+    if DEPENDENT:
         gdc_wait()  # before any return: a kernel that ends has waited
     b, j, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     heads_kv, programs = tl.num_programs(1), tl.num_programs(2)
@@ -150,7 +150,7 @@ def _decode(
         l = l * keep + tl.sum(p, 1)  # noqa: E741
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
         m = m_next
-    if TRIGGERS:
+    if DEPENDENT:
         gdc_launch_dependents()  # all keys and values are here: what is launched now takes room from nobody
     if SPLIT:
         rows = tl.num_programs(0) * heads_kv * programs * G
@@ -241,7 +241,7 @@ def config(d: int, page: int, itemsize: int) -> dict[str, Any]:
     tile = max(16, min(most, 128))
     if page >= 32 and page % min(tile, page) == 0:
         tile = min(tile, page)
-    return {"TILE": tile, "num_warps": 4, "num_stages": 3, "dependent": 0}
+    return {"TILE": tile, "num_warps": 4, "num_stages": 3, "dependent": False}
 
 
 def decode(
@@ -285,7 +285,7 @@ def decode(
     rows, heads, d = q_BHD.shape
     _, heads_kv, page, _ = pages_k.shape
     chosen = config(d, page, q_BHD.element_size()) | (choice or {})
-    tile, waits, triggers = chosen["TILE"], chosen["dependent"] == 2, chosen["dependent"] > 0
+    tile, dependent = chosen["TILE"], chosen["dependent"]
     positions = table_BP.shape[1] * page
     # a window that starts within a tile touches one tile more
     positions = min(positions, window + tile) if window else positions
@@ -296,11 +296,11 @@ def decode(
     rotary = cos_BD is not None and sin_BD is not None
     cos, sin = (cos_BD, sin_BD) if rotary else (q_BHD, q_BHD)
     bias = q_BHD if bias_XD is None else bias_XD
+    options = {"launch_pdl": True} if dependent else {}
     launch = prepare(
         _decode, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, DP=padded, PAGE=page, TILE=tile,
         SPLIT=count > 1, WINDOW=window, SCALE=scaling * math.log2(math.e), BIAS=bias_XD is not None, ROTARY=rotary,
-        WAITS=waits, TRIGGERS=triggers, num_warps=chosen["num_warps"], num_stages=chosen["num_stages"],
-        **({"launch_pdl": True} if waits else {}),
+        DEPENDENT=dependent, num_warps=chosen["num_warps"], num_stages=chosen["num_stages"], **options,
     )  # fmt: skip
     strides = (
         q_BHD.stride(0), q_BHD.stride(1), k_BJD.stride(0), k_BJD.stride(1), v_BJD.stride(0), v_BJD.stride(1),
@@ -310,10 +310,9 @@ def decode(
     if count == 1:
         launch((rows, heads_kv, 1), *arguments, y_BHD, *strides)
         return y_BHD
-    options = {"launch_pdl": True} if triggers else {}
     combine = prepare(
         _combine, G=group, D=d, DP=padded, SP=triton.next_power_of_2(count), TILE=tile, WINDOW=window,
-        DEPENDENT=triggers, num_warps=4, **options,
+        DEPENDENT=dependent, num_warps=4, **options,
     )  # fmt: skip
     # The allocator's own and not nvfp4_workspace's: a call of two kernels would need its lock, which costs as much.
     part = torch.empty(rows * heads * count * (d + 2), dtype=torch.float32, device=q_BHD.device)

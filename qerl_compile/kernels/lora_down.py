@@ -20,6 +20,8 @@ Three forms of the product, chosen by GROUPS:
     G    a batch of G dots, warp g having columns [g, g + 1) KS / G: for tiles of 16 or 32 tokens, which are too small
          to be cut over warps in any other way. G is the number of warps.
 
+Where the packed GEMM wants x in another order and tokens are few, tiles of h are programs of lead_in.py's launch.
+
 DEPENDENT (programmatic dependent launch): a CTA may start while the kernel before it still runs. It waits with x,
 scratch and tickets, and in one step (STEPS = 1) not with A, which that kernel must then not have written.
 

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qerl_compile.kernels import lead_in, nvfp4_wgmma, overlap
+from qerl_compile.kernels import lead_in, nvfp4_wgmma
 from qerl_compile.kernels.nvfp4_permute import permute, permuted_rows
 from qerl_compile.kernels.nvfp4_persistent import side_by_side, whole_and_shared
 from qerl_compile.kernels.nvfp4_wgmma_layouts import CODES_SMEM, TILE_K, X_SMEM
@@ -159,15 +159,8 @@ def linear(
             offset = lead_in.behind(used)
             part = partial_sums(device, offset + lead_in.sums(m, rank, k))
             order = lead_in.Order(False, tokens, x, plan.partial, plan.counters)
-            h_MR = lead_in.launch(
-                x_MK,
-                lora_A_RK,
-                order,
-                part,
-                offset,
-                waits=dependent in (1, 3) and overlap.on(2),
-                triggers=dependent > 0,
-            )
+            waits, triggers = dependent in (1, 3), dependent > 0
+            h_MR = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=waits, triggers=triggers)
         strides = (1, 1) if h_MR is None or lora_B_NR is None else (h_MR.stride(0), lora_B_NR.stride(0))
         plan.launch(
             plan.grid, Box(x, plan.x), Box(codes_NK2, plan.w), block_NG, decode_scale, y_MN, part, h_MR, lora_B_NR,

@@ -15,8 +15,8 @@ its operand of two instructions (nvfp4_fragments.py).
 K can also be shared between CTAs (SLICES > 1, for weights with few rows): partial sums go to memory and the CTA that
 draws the last ticket adds them in slice order, so runs are equal to the last bit. The pass over x clears the tickets.
 
-LoRA's h · Bᵀ is one more product after the scaling, by the first warp of the CTA that stores. So is the sum with a
-residual, whose kernel would be a launch.
+LoRA's h · Bᵀ is one more product after the scaling, by the first warp of the CTA that stores. A residual is added there
+too: as a kernel of its own that sum would be a launch.
 
 What it does not do: K not a multiple of 256, other activations than bfloat16; dispatch.py sends those elsewhere.
 

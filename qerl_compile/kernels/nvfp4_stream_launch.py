@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qerl_compile.kernels import lead_in, nvfp4_stream, overlap
+from qerl_compile.kernels import lead_in, nvfp4_stream
 from qerl_compile.kernels.nvfp4_fragments import fragments, room
 from qerl_compile.kernels.nvfp4_workspace import partial_sums, turn
 from qerl_compile.kernels.prepared_launch import prepare
@@ -93,9 +93,7 @@ def linear(
             part = partial_sums(x_MK.device, offset + lead_in.sums(m, rank, k))
             x = x_MK.new_empty(*room(tokens, k))
             order = lead_in.Order(True, tokens, x, sums, tickets)
-            h_MR = lead_in.launch(
-                x_MK, lora_A_RK, order, part, offset, waits=dependent and overlap.on(2), triggers=dependent
-            )
+            h_MR = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=dependent, triggers=dependent)
         elif slices > 1:
             part = partial_sums(x_MK.device, sums + tickets)
             x = fragments(x_MK, tokens, dependent=dependent, clear=(part, sums, tickets))

@@ -28,7 +28,7 @@ def decode(
     bias_XD: Tensor | None = None,
 ) -> Tensor:
     """`qerl::paged_decode` without the operator around it; arguments and result as there, unchecked."""
-    from qerl_compile.kernels import flash_decode, overlap
+    from qerl_compile.kernels import flash_decode
 
     if q_BHD.numel() == 0:
         return torch.empty_like(q_BHD, memory_format=torch.contiguous_format)
@@ -36,7 +36,6 @@ def decode(
         q_BHD, k_BJD, v_BJD = paged.finished(q_BHD, k_BJD, v_BJD, cos_BD, sin_BD, bias_XD)
         return paged.reference_decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, scaling, window)
     capability, multiprocessors = capability_and_multiprocessors(q_BHD.device.index)
-    wanted = 2 if overlap.on(8) else int(overlap.on(4))
     return flash_decode.decode(
         _rows(q_BHD),
         _rows(k_BJD),
@@ -51,7 +50,7 @@ def decode(
         None if sin_BD is None else _rows(sin_BD),
         bias_XD,
         multiprocessors=multiprocessors,
-        choice={"dependent": wanted if capability[0] >= 9 else 0},
+        choice={"dependent": capability[0] >= 9},
     )
 
 

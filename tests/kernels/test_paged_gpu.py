@@ -76,7 +76,7 @@ def test_bias_and_rotary_embedding_come_before_attention_and_before_the_page(gro
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
-@pytest.mark.parametrize("dependent", [0, 1, 2] if ON_HOPPER else [0])
+@pytest.mark.parametrize("dependent", [False, True] if ON_HOPPER else [False])
 def test_every_form_of_the_launch(splits, dependent):
     forms = [(16, 4, 3), (32, 2, 4), (32, 4, 2), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2)]
     for tile, warps, stages in forms:
@@ -170,8 +170,7 @@ def test_table_of_times():
     clock = GpuClock()
     forms = {
         "default": {},
-        "combine waits": {"dependent": 1},
-        "both wait": {"dependent": 2},
+        "pdl": {"dependent": True},
         "st2": {"num_stages": 2},
         "st4": {"num_stages": 4},
         "w2": {"num_warps": 2},

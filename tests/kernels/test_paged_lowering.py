@@ -30,14 +30,14 @@ def lower(function, constants, dtype, options, capability=90):
 
 
 def decode(
-    group, d, page, *, dtype="*bf16", itemsize=2, split=True, window=0, rotary=False, bias=False, waits=False,
-    triggers=False, capability=90,
+    group, d, page, *, dtype="*bf16", itemsize=2, split=True, window=0, rotary=False, bias=False, dependent=False,
+    capability=90,
 ):  # fmt: skip
     config = flash_decode.config(d, page, itemsize)
     constants = {
         "G": group, "GP": max(16, triton.next_power_of_2(group)), "D": d, "DP": triton.next_power_of_2(d),
         "PAGE": page, "TILE": config["TILE"], "SPLIT": split, "WINDOW": window, "SCALE": 0.1, "BIAS": bias,
-        "ROTARY": rotary, "WAITS": waits, "TRIGGERS": triggers,
+        "ROTARY": rotary, "DEPENDENT": dependent,
     }  # fmt: skip
     options = {name: config[name] for name in ("num_warps", "num_stages")}
     return lower(flash_decode._decode, constants, dtype, options, capability)
@@ -120,7 +120,7 @@ def test_decode_lowers_on_ampere_and_blackwell():
 
 @pytest.mark.parametrize("split", [False, True])
 def test_a_dependent_decode_waits_before_it_touches_memory_and_triggers_after_its_loop(split):
-    ptx = decode(5, 128, 64, split=split, rotary=True, bias=True, waits=True, triggers=True).asm["ptx"]
+    ptx = decode(5, 128, 64, split=split, rotary=True, bias=True, dependent=True).asm["ptx"]
     assert re.findall(r"griddepcontrol\.(\w+)", ptx) == ["wait", "launch_dependents"]
     wait, trigger = ptx.index("griddepcontrol.wait"), ptx.index("griddepcontrol.launch_dependents")
     touched = [at.start() for at in re.finditer(r"(ld|st)\.global|cp\.async\.c[ag]\.shared|\bret;", ptx)]
