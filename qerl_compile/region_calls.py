@@ -11,8 +11,9 @@ becomes a guard: one graph per layer. A region is therefore handed a `LayerCache
 that ignores the index. Prefill and decode then take the same few graphs at any depth.
 
 *Rollouts have graphs of their own.* A region that is called with the keyword `qerl_cache` (pages of the rollout engine)
-runs a second set of graphs, without gradients and without a LoRA branch per linear (passes/adapt.py), made when the
-first rollout comes. `qerl_cache` too is handed down as `qerl_cache.layer(index)`, the pages of one layer.
+runs a second set of graphs, without gradients, in which adapters, the last sum of a layer and the rotary embedding are
+part of operators (passes adapt, residual, rotary), made when the first rollout comes. `qerl_cache` too is handed down
+as `qerl_cache.layer(index)`, the pages of one layer.
 
 *Batch and length are marked dynamic* (`maybe_mark_dynamic`) on the way in, so that the first call already compiles
 for all lengths. `dynamic=True` would also turn module floats such as eps into inputs (design/compiler.md, rule R6).
@@ -38,6 +39,7 @@ from qerl_compile.passes import (
     Pass,
     Quantize,
     Recompute,
+    Residual,
     Rotary,
     Sparsify,
     TrainedNorms,
@@ -68,7 +70,7 @@ def passes_for(state: "TransformState") -> list[Pass]:
 def rollout_passes_for(state: "TransformState") -> list[Pass]:
     """Return the passes of rollout graphs in their order.
 
-    trained norms → noise → fuse → quantize → fake quantize → sparsify → adapt → rotary
+    trained norms → noise → fuse → quantize → fake quantize → sparsify → adapt → residual → rotary
     """
     plan = state.plan
     groups = (*plan.groups, *plan.dense_groups)
@@ -79,6 +81,7 @@ def rollout_passes_for(state: "TransformState") -> list[Pass]:
         Quantize(frozenset(plan.quantize), plan.groups),
         *_trained_weights(state),
         Adapt(plan.lora, groups),
+        Residual(),
         Rotary(),
     ]
 

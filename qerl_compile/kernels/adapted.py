@@ -1,6 +1,6 @@
 """Linears with their adapter in one operator, for graphs that only generate.
 
-    adapted_linear(x, codes, block, decode, A, B)   y = (x · Pᵀ) · decode + (x · Aᵀ) · Bᵀ
+    adapted_linear(x, codes, block, decode, A, B)   y = (x · Pᵀ) · decode + (x · Aᵀ) · Bᵀ [+ residual]
     adapted_dense_linear(x, w, bias, A, B)          y = x · Wᵀ + bias     + (x · Aᵀ) · Bᵀ
 
 A and B are *stacked*: where q/k/v are one GEMM, A holds the rows of all three adapters (alpha / rank folded in) and B
@@ -36,8 +36,9 @@ def adapted_linear(
     decode_scale: Tensor,
     stacked_A_RK: Tensor,
     stacked_B_NR: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Linear layer with a packed weight and a low-rank branch: y = (x · Pᵀ) · decode_scale + (x · Aᵀ) · Bᵀ.
+    """Linear layer with a packed weight and a low-rank branch: y = (x · Pᵀ) · decode_scale + (x · Aᵀ) · Bᵀ + residual.
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64; any strides; the batch may be empty.
@@ -46,6 +47,7 @@ def adapted_linear(
         decode_scale: float32, 0-dim or [1], multiplies.
         stacked_A_RK: [R, K] in the dtype of x, alpha / rank included.
         stacked_B_NR: [N, R] in the dtype of x.
+        residual: [..., N] in the dtype of x, added to y when y has that dtype, as a sum of its own would be; or None.
 
     Returns:
         [..., N], dtype of x, contiguous; never with a gradient.
@@ -54,9 +56,9 @@ def adapted_linear(
         FormatError: a dtype, shape or device does not fit the others.
         GraphError: gradients are enabled and an argument requires one.
     """
-    _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, stacked_A_RK, stacked_B_NR)
+    _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, stacked_A_RK, stacked_B_NR, residual)
     y = ops.quantized_linear(x, codes_NK2, block_decode_scale_NG, decode_scale)
-    return _add_branch(x, y, stacked_A_RK, stacked_B_NR)
+    return _add_residual(_add_branch(x, y, stacked_A_RK, stacked_B_NR), residual)
 
 
 @torch.library.custom_op("qerl::adapted_dense_linear", mutates_args=())
@@ -86,9 +88,15 @@ def adapted_dense_linear(
 
 @adapted_linear.register_fake
 def _(
-    x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, a_RK: Tensor, b_NR: Tensor
+    x: Tensor,
+    codes_NK2: Tensor,
+    block_decode_scale_NG: Tensor,
+    decode_scale: Tensor,
+    a_RK: Tensor,
+    b_NR: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR)
+    _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR, residual)
     return x.new_empty(*x.shape[:-1], codes_NK2.shape[0])
 
 
@@ -100,27 +108,40 @@ def _(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_RK: Tensor, b_NR: T
 
 @adapted_linear.register_kernel("cpu")
 def _adapted_linear_cpu(
-    x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, a_RK: Tensor, b_NR: Tensor
+    x: Tensor,
+    codes_NK2: Tensor,
+    block_decode_scale_NG: Tensor,
+    decode_scale: Tensor,
+    a_RK: Tensor,
+    b_NR: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Without going through the inner operator, whose dispatch takes 22 µs of 150 at one row of SmolLM2's q/k/v."""
-    _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR)
-    return _add_branch(x, cpu.linear(x, codes_NK2, block_decode_scale_NG, decode_scale), a_RK, b_NR)
+    _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR, residual)
+    y = cpu.linear(x, codes_NK2, block_decode_scale_NG, decode_scale)
+    return _add_residual(_add_branch(x, y, a_RK, b_NR), residual)
 
 
 @adapted_linear.register_kernel("cuda")
 def _adapted_linear_cuda(
-    x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, a_RK: Tensor, b_NR: Tensor
+    x: Tensor,
+    codes_NK2: Tensor,
+    block_decode_scale_NG: Tensor,
+    decode_scale: Tensor,
+    a_RK: Tensor,
+    b_NR: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
     from qerl_compile.kernels import cuda
-    from qerl_compile.kernels.lora_down import lora_down
 
-    _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR)
+    _check_adapted(x, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR, residual)
     in_place = codes_NK2.is_contiguous() and block_decode_scale_NG.is_contiguous()
     if x.dtype != torch.bfloat16 or x.numel() == 0 or not codes_NK2.numel() or not in_place:
         y = ops.quantized_linear(x, codes_NK2, block_decode_scale_NG, decode_scale)
-        return _add_branch(x, y, a_RK, b_NR)
+        return _add_residual(_add_branch(x, y, a_RK, b_NR), residual)
     x_MK = x.reshape(-1, x.shape[-1])
-    y_MN = cuda.linear(x_MK, codes_NK2, block_decode_scale_NG, decode_scale, lora_down(x_MK, a_RK), b_NR)
+    residual_MN = None if residual is None else residual.reshape(-1, codes_NK2.shape[0])
+    y_MN = cuda.adapted_linear(x_MK, codes_NK2, block_decode_scale_NG, decode_scale, a_RK, b_NR, residual_MN)
     return y_MN.view(*x.shape[:-1], codes_NK2.shape[0])
 
 
@@ -131,13 +152,34 @@ def _add_branch(x: Tensor, y: Tensor, a_RK: Tensor, b_NR: Tensor) -> Tensor:
     return y
 
 
+def _add_residual(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y.add_(residual)
+
+
 def _check_adapted(
-    x: Tensor, codes_NK2: Tensor, block_decode_scale_NG: Tensor, decode_scale: Tensor, a_RK: Tensor, b_NR: Tensor
+    x: Tensor,
+    codes_NK2: Tensor,
+    block_decode_scale_NG: Tensor,
+    decode_scale: Tensor,
+    a_RK: Tensor,
+    b_NR: Tensor,
+    residual: Tensor | None,
 ) -> None:
     where = "qerl::adapted_linear"
     check_packed(where, codes_NK2, block_decode_scale_NG, decode_scale)
     check_activation(where, "x", x, codes_NK2, codes_NK2.shape[1] * 2)
-    check_stacked(where, x, codes_NK2.shape[0], a_RK, b_NR)
+    n = codes_NK2.shape[0]
+    check_stacked(where, x, n, a_RK, b_NR)
+    if residual is None:
+        return
+    fits = residual.shape == (*x.shape[:-1], n) and residual.dtype == x.dtype and residual.device == x.device
+    if not fits:
+        raise FormatError(
+            where=where,
+            expected=f"residual {[*x.shape[:-1], n]} in the dtype of x, {x.dtype}, on {x.device}",
+            got=f"{describe(residual)} on {residual.device}",
+            do="Pass the tensor that this layer's result is added to, or None.",
+        )
 
 
 def _check_adapted_dense(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, a_RK: Tensor, b_NR: Tensor) -> None:

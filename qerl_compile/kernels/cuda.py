@@ -4,8 +4,8 @@ Importing this module registers them and costs nothing: Triton and the kernels a
 on a GPU. Bfloat16 activations go to the kernels that dispatch.py names; other dtypes are served by the reference
 (dequantize in float32), which is right and slow. Every choice depends on shapes alone.
 
-`linear` below is one level under the operators: the rollout engine calls it with a LoRA branch (h · Bᵀ added in fp32
-in the epilogue where the kernel can, else by one `addmm`) and with weights in the twiddled layout.
+`linear` and `adapted_linear` below are one level under the operators: with a LoRA branch (h · Bᵀ added in fp32 in the
+epilogue where the kernel can, else by one `addmm`), as rollouts have it, and with weights in the twiddled layout.
 """
 
 from typing import Any
@@ -61,7 +61,7 @@ def linear(
     if choice["kernel"] in ("hopper", "stream"):
         y_MN = None
         if not twiddled:
-            y_MN = _gluon_linear(x_MK, codes_NK2, block_NG, decode_scale, h, lora, choice, multiprocessors)
+            y_MN = _gluon_linear(x_MK, codes_NK2, block_NG, decode_scale, h, lora, None, choice, multiprocessors)
         if y_MN is not None:
             return y_MN if h is h_MR else _add_lora(y_MN, h_MR, lora_B_NR)
         choice = dispatch.portable(n, k, m, multiprocessors)
@@ -75,6 +75,63 @@ def linear(
     return _add_lora(y_MN, h_MR, lora_B_NR)
 
 
+@on_its_device
+def adapted_linear(
+    x_MK: Tensor,
+    codes_NK2: Tensor,
+    block_NG: Tensor,
+    decode_scale: Tensor,
+    lora_A_RK: Tensor,
+    lora_B_NR: Tensor,
+    residual_MN: Tensor | None = None,
+) -> Tensor:
+    """y = (x · Pᵀ) · decode_scale + (x · Aᵀ) · Bᵀ [+ residual]; with few tokens in two launches (lead_in.py).
+
+    Args:
+        x_MK: bfloat16 [M, K] on CUDA, M >= 1.
+        codes_NK2: as `linear` has it.
+        block_NG: likewise.
+        decode_scale: float32, one element.
+        lora_A_RK: bfloat16 [R, K], alpha / rank included; like codes not written by the kernel directly before.
+        lora_B_NR: bfloat16 [N, R].
+        residual_MN: bfloat16 [M, N], added to the rounded y.
+
+    Returns:
+        bfloat16 [M, N].
+    """
+    from qerl_compile.kernels.lora_down import lora_down
+
+    x_MK = _rows(x_MK)
+    (n, k2), m = codes_NK2.shape, x_MK.shape[0]
+    capability, multiprocessors = capability_and_multiprocessors(x_MK.device.index)
+    choice = dispatch.choose("forward", n, k2 * 2, m, capability, multiprocessors)
+    y_MN = None
+    if _one_lead_in(x_MK, lora_A_RK, lora_B_NR, choice):
+        in_kernel = choice["kernel"] == "stream" and residual_MN is not None and residual_MN.stride(1) == 1
+        within = residual_MN if in_kernel else None
+        y_MN = _gluon_linear(
+            x_MK, codes_NK2, block_NG, decode_scale, None, lora_B_NR, lora_A_RK, choice, multiprocessors, within
+        )
+        if y_MN is not None and within is not None:
+            return y_MN
+    if y_MN is None:
+        y_MN = linear(x_MK, codes_NK2, block_NG, decode_scale, lora_down(x_MK, lora_A_RK), lora_B_NR, choice=choice)
+    return y_MN if residual_MN is None else y_MN.add_(residual_MN)
+
+
+def _one_lead_in(x_MK: Tensor, a_RK: Tensor, b_NR: Tensor, choice: dict[str, Any]) -> bool:
+    """Whether h and x in order can come from one launch, and the GEMM can add h · Bᵀ."""
+    from qerl_compile.kernels import lead_in, nvfp4_hopper, nvfp4_stream_launch
+    from qerl_compile.kernels.nvfp4_arithmetic import GLUON
+
+    known = choice["kernel"] in ("hopper", "stream") and a_RK.shape[0] in RANKS and b_NR.stride(1) == 1
+    if not (GLUON and known and lead_in.supports(x_MK, a_RK)):
+        return False
+    if choice["kernel"] == "stream":
+        return nvfp4_stream_launch.reads_in_order(choice, x_MK.shape[1])
+    return nvfp4_hopper.room_for_lora(choice)
+
+
 def _gluon_linear(
     x_MK: Tensor,
     codes_NK2: Tensor,
@@ -82,8 +139,10 @@ def _gluon_linear(
     decode_scale: Tensor,
     h_MR: Tensor | None,
     lora_B_NR: Tensor | None,
+    lora_A_RK: Tensor | None,
     choice: dict[str, Any],
     multiprocessors: int,
+    residual_MN: Tensor | None = None,
 ) -> Tensor | None:
     """`linear` by the kernels whose registers we lay out ourselves; None where they cannot take the weight."""
     from qerl_compile.kernels.nvfp4_arithmetic import GLUON
@@ -96,11 +155,12 @@ def _gluon_linear(
         return None
     if choice["kernel"] == "stream":
         return nvfp4_stream_launch.linear(
-            x_MK, codes_NK2, block_NG, decode_scale, choice, h_MR=h_MR, lora_B_NR=lora_B_NR
-        )
+            x_MK, codes_NK2, block_NG, decode_scale, choice, h_MR=h_MR, lora_B_NR=lora_B_NR, lora_A_RK=lora_A_RK,
+            residual_MN=residual_MN,
+        )  # fmt: skip
     in_kernel = nvfp4_hopper.room_for_lora(choice)
     h, lora = (h_MR, lora_B_NR) if in_kernel else (None, None)
-    y_MN = nvfp4_hopper.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors, h, lora)
+    y_MN = nvfp4_hopper.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors, h, lora, lora_A_RK)
     return y_MN if in_kernel else _add_lora(y_MN, h_MR, lora_B_NR)
 
 

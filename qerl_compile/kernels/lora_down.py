@@ -20,6 +20,8 @@ Three forms of the product, chosen by GROUPS:
     G    a batch of G dots, warp g having columns [g, g + 1) KS / G: for tiles of 16 or 32 tokens, which are too small
          to be cut over warps in any other way. G is the number of warps.
 
+Where the packed GEMM wants x in another order and tokens are few, tiles of h are programs of lead_in.py's launch.
+
 DEPENDENT (programmatic dependent launch): a CTA may start while the kernel before it still runs. It waits with x,
 scratch and tickets, and in one step (STEPS = 1) not with A, which that kernel must then not have written.
 
@@ -52,16 +54,13 @@ MOST_RANK = 256
 MOST_LOADED = 3 << 15  # elements of x and A that 16 warps hold in registers without spilling
 
 
-@triton.jit(do_not_specialize=["M"])
-def kernel(
-    x_ptr, a_ptr, h_ptr, part_ptr, flag_ptr, M, R, K, stride_x, stride_a,
+@triton.jit
+def tile_of_h(
+    x_ptr, a_ptr, h_ptr, part_ptr, flag_ptr, M, R, K, stride_x, stride_a, pid_r, pid_k, pid_m,
     BM: tl.constexpr, BR: tl.constexpr, KS: tl.constexpr, STEPS: tl.constexpr, SLICES: tl.constexpr,
     GROUPS: tl.constexpr, EVEN_K: tl.constexpr, DEPENDENT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One BM x BR tile of one slice of K; BR divides R, 16 divides K."""
-    if DEPENDENT:
-        gdc_launch_dependents()
-    pid_r, pid_k, pid_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     WIDTH: tl.constexpr = KS // max(GROUPS, 1)
     m, r, k = tl.arange(0, BM), tl.arange(0, BR), tl.arange(0, WIDTH)
     token, row = pid_m * BM + m, pid_r * BR + r
@@ -100,7 +99,7 @@ def kernel(
         acc = tl.sum(acc, 0)
     last = True
     if SLICES > 1:
-        tile = pid_m * tl.num_programs(0) + pid_r
+        tile = pid_m * (R // BR) + pid_r
         part_at = part_ptr + tile * (SLICES * BM * BR) + m[:, None] * BR + r[None, :]
         tl.store(part_at + pid_k * (BM * BR), acc)
         if ASM:
@@ -113,6 +112,21 @@ def kernel(
             tl.store(flag_ptr + tile, 0)
     if last:
         tl.store(h_ptr + token[:, None] * R + row[None, :], acc.to(h_ptr.dtype.element_ty), mask=(token < M)[:, None])
+
+
+@triton.jit(do_not_specialize=["M"])
+def kernel(
+    x_ptr, a_ptr, h_ptr, part_ptr, flag_ptr, M, R, K, stride_x, stride_a,
+    BM: tl.constexpr, BR: tl.constexpr, KS: tl.constexpr, STEPS: tl.constexpr, SLICES: tl.constexpr,
+    GROUPS: tl.constexpr, EVEN_K: tl.constexpr, DEPENDENT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """All tiles of h: programs are (R / BR, SLICES, M / BM)."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+    tile_of_h(
+        x_ptr, a_ptr, h_ptr, part_ptr, flag_ptr, M, R, K, stride_x, stride_a,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), BM, BR, KS, STEPS, SLICES, GROUPS, EVEN_K, DEPENDENT, ASM,
+    )  # fmt: skip
 
 
 def config(m: int, k: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ After the last tile comes one of zeros: warps whose stretch of K is a tile short
 The pass reads and writes x once; at decode sizes that is launch latency, part of which dependent launch hides.
 """
 
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from typing import Any
@@ -24,17 +24,15 @@ from qerl_compile.kernels.prepared_launch import prepare
 LANES = 128
 
 
-@triton.jit(do_not_specialize=["M", "ticket_at", "tickets"])
-def _kernel(
-    x_ptr, out_ptr, ticket_ptr, K, stride_x, M, ticket_at, tickets,
-    T: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr, CLEAR: tl.constexpr,
+@triton.jit
+def reorder(
+    x_ptr, out_ptr, ticket_ptr, K, stride_x, M, ticket_at, tickets, program, programs,
+    T: tl.constexpr, LANES: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
+    """The share of one of `programs`; T (K / 16 + 16) / LANES of them."""
     x_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     out_ptr = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    lane = program * LANES + tl.arange(0, LANES)
     token = lane // 16 % T
     sixteen = lane // (16 * T) * 16 + lane % 16  # of columns: (tile, t:2, half, step high)
     inside = (token < M) & (sixteen < K // 16)
@@ -55,9 +53,33 @@ def _kernel(
     tl.store(out, planes0, mask=written)
     tl.store(out + 32 * T, planes1, mask=written)
     if CLEAR:
-        for start in range(tl.program_id(0) * LANES, tickets, tl.num_programs(0) * LANES):
+        for start in range(program * LANES, tickets, programs * LANES):
             ticket = start + tl.arange(0, LANES)
             tl.store(ticket_ptr + ticket_at + ticket, tl.zeros([LANES], tl.float32), mask=ticket < tickets)
+
+
+@triton.jit(do_not_specialize=["M", "ticket_at", "tickets"])
+def _kernel(
+    x_ptr, out_ptr, ticket_ptr, K, stride_x, M, ticket_at, tickets,
+    T: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    reorder(
+        x_ptr, out_ptr, ticket_ptr, K, stride_x, M, ticket_at, tickets, program, programs, T, LANES, CLEAR
+    )  # fmt: skip
+
+
+def programs_for(tokens: int, k: int, lanes: int) -> int:
+    """How many programs `reorder` takes."""
+    return -(-tokens * (k // 16 + 16) // lanes)
+
+
+def room(tokens: int, k: int) -> tuple[int, int, int]:
+    """The shape of what it writes."""
+    return k // 256 + 1, 4, 64 * tokens
 
 
 def fragments(
@@ -75,12 +97,12 @@ def fragments(
         bfloat16 [K / 256 + 1, 4, 64 * tokens], the last tile zero.
     """
     m, k = x_MK.shape
-    out = x_MK.new_empty(k // 256 + 1, 4, 64 * tokens)
+    out = x_MK.new_empty(*room(tokens, k))
     scratch, ticket_at, tickets = clear or (None, 0, 0)
     constants: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     launch = prepare(
         _kernel, T=tokens, LANES=LANES, DEPENDENT=dependent, CLEAR=clear is not None, num_warps=4, **constants
     )
-    grid = (-(-tokens * (k // 16 + 16) // LANES),)
+    grid = (programs_for(tokens, k, LANES),)
     launch(grid, x_MK, out, scratch, k, x_MK.stride(0), m, ticket_at, tickets)
     return out

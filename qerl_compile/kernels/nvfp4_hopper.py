@@ -31,6 +31,7 @@ decode_scale, h, B, and every write) after x has arrived in shared memory, hence
        as well, for the permutation itself ended after waiting. Before it, nothing that the kernel directly before the
        permutation wrote: a weight written by that very kernel must not come with them. (Weights are constants here.
        After `quantize` comes the reciprocal that makes decode_scale, and that is an ordinary launch.)
+Where an adapter comes with few tokens, lead_in.py is in the place of the permutation: what is said of that holds.
 Buffers are not overwritten too early either: in both, the permutation writes only when the previous call's main kernel
 has ended, in 1 and 3 because it waits first.
 """
@@ -40,7 +41,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qerl_compile.kernels import nvfp4_wgmma
+from qerl_compile.kernels import lead_in, nvfp4_wgmma
 from qerl_compile.kernels.nvfp4_permute import permute, permuted_rows
 from qerl_compile.kernels.nvfp4_persistent import side_by_side, whole_and_shared
 from qerl_compile.kernels.nvfp4_wgmma_layouts import CODES_SMEM, TILE_K, X_SMEM
@@ -123,6 +124,7 @@ def linear(
     multiprocessors: int,
     h_MR: Tensor | None = None,
     lora_B_NR: Tensor | None = None,
+    lora_A_RK: Tensor | None = None,
 ) -> Tensor:
     """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ].
 
@@ -135,21 +137,31 @@ def linear(
         multiprocessors: of the device.
         h_MR: bfloat16 [M, R], R 16, 32, 64 or 128, rows contiguous, alpha / rank included; `room_for_lora` says yes.
         lora_B_NR: bfloat16 [N, R], rows contiguous.
+        lora_A_RK: bfloat16 [R, K], in place of h, which lead_in.py then makes while it reorders x; its `supports` must
+            say yes.
 
     Returns:
         bfloat16 [M, N].
     """
     m, k = x_MK.shape
     n = codes_NK2.shape[0]
-    rank = 0 if h_MR is None else h_MR.shape[1]
+    rank = 0 if lora_B_NR is None else lora_B_NR.shape[1]
     plan = _plan(m, n, k, rank, multiprocessors, tuple(config.items()))
     device = x_MK.device
     y_MN = x_MK.new_empty(m, n)
-    strides = (1, 1) if h_MR is None or lora_B_NR is None else (h_MR.stride(0), lora_B_NR.stride(0))
+    tokens, dependent, used = config["tokens"], config["dependent"], plan.partial + plan.counters
     with turn(device):
-        part = partial_sums(device, plan.partial + plan.counters)
         x = permuted(device, plan.rows_x)
-        permute(x_MK, config["tokens"], dependent=config["dependent"], out=x, clear=(part, plan.partial, plan.counters))
+        if lora_A_RK is None:
+            part = partial_sums(device, used)
+            permute(x_MK, tokens, dependent=dependent, out=x, clear=(part, plan.partial, plan.counters))
+        else:
+            offset = lead_in.behind(used)
+            part = partial_sums(device, offset + lead_in.sums(m, rank, k))
+            order = lead_in.Order(False, tokens, x, plan.partial, plan.counters)
+            waits, triggers = dependent in (1, 3), dependent > 0
+            h_MR = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=waits, triggers=triggers)
+        strides = (1, 1) if h_MR is None or lora_B_NR is None else (h_MR.stride(0), lora_B_NR.stride(0))
         plan.launch(
             plan.grid, Box(x, plan.x), Box(codes_NK2, plan.w), block_NG, decode_scale, y_MN, part, h_MR, lora_B_NR,
             *plan.integers, *strides,

@@ -8,7 +8,7 @@ pass reads and writes x once; at decode sizes that is launch latency, part of wh
 that needs no memory filled beforehand costs no node of its own in a CUDA graph.
 """
 
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from functools import cache
@@ -25,20 +25,17 @@ from qerl_compile.kernels.prepared_launch import prepare
 LANES = 128
 
 
-@triton.jit(do_not_specialize=["counter_at", "counters"])
-def _kernel(
-    x_ptr, out_ptr, counter_ptr, K, stride_x, counter_at, counters,
-    TOKENS: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr, CLEAR: tl.constexpr,
+@triton.jit
+def reorder(
+    x_ptr, out_ptr, counter_ptr, K, stride_x, counter_at, counters, row, piece, program, programs,
+    TOKENS: tl.constexpr, LANES: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
-    if DEPENDENT > 0:
-        gdc_launch_dependents()
-    if DEPENDENT == 1 or DEPENDENT == 3:
-        gdc_wait()
+    """Piece `piece`, of LANES words, of row `row`; of the counters the share of one of `programs`."""
     x_word_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     out_word_ptr = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    m = tl.program_id(0).to(tl.int64)
+    m = row.to(tl.int64)
     # of eight: (group of 256, t:2, half, word:2), lowest bits rearranged for the stores
-    column = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    column = piece * LANES + tl.arange(0, LANES)
     t = column % 4
     word = (column // 4) % 4
     half = (column // 16) % 2
@@ -56,10 +53,26 @@ def _kernel(
     tl.store(out + TOKENS * 32, (w1 & 0xFFFF) | (w3 << 16), mask=inside)
     tl.store(out + TOKENS * 32 + 4, ((w1 >> 16) & 0xFFFF) | (w3 & -65536), mask=inside)
     if CLEAR:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        for start in range(program * LANES, counters, tl.num_programs(0) * tl.num_programs(1) * LANES):
+        for start in range(program * LANES, counters, programs * LANES):
             counter = start + tl.arange(0, LANES)
             tl.store(counter_ptr + counter_at + counter, tl.zeros([LANES], tl.float32), mask=counter < counters)
+
+
+@triton.jit(do_not_specialize=["counter_at", "counters"])
+def _kernel(
+    x_ptr, out_ptr, counter_ptr, K, stride_x, counter_at, counters,
+    TOKENS: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    if DEPENDENT > 0:
+        gdc_launch_dependents()
+    if DEPENDENT == 1 or DEPENDENT == 3:
+        gdc_wait()
+    row, piece = tl.program_id(0), tl.program_id(1)
+    program, programs = piece * tl.num_programs(0) + row, tl.num_programs(0) * tl.num_programs(1)
+    reorder(
+        x_ptr, out_ptr, counter_ptr, K, stride_x, counter_at, counters, row, piece, program, programs,
+        TOKENS, LANES, CLEAR,
+    )  # fmt: skip
 
 
 def permuted_rows(m: int, k: int, tokens: int) -> int:

@@ -15,7 +15,8 @@ its operand of two instructions (nvfp4_fragments.py).
 K can also be shared between CTAs (SLICES > 1, for weights with few rows): partial sums go to memory and the CTA that
 draws the last ticket adds them in slice order, so runs are equal to the last bit. The pass over x clears the tickets.
 
-LoRA's h · Bᵀ is one more product after the scaling, by the first warp of the CTA that stores.
+LoRA's h · Bᵀ is one more product after the scaling, by the first warp of the CTA that stores. A residual is added there
+too: as a kernel of its own that sum would be a launch.
 
 What it does not do: K not a multiple of 256, other activations than bfloat16; dispatch.py sends those elsewhere.
 
@@ -221,10 +222,10 @@ def _lora(h_ptr, lora_ptr, row0, N, M, stride_h, stride_lora, W: gl.constexpr, R
 
 @gluon.jit(do_not_specialize=["M", "k_tiles"])
 def kernel(
-    x_ptr, codes_ptr, block_ptr, decode_ptr, y_ptr, part_ptr, h_ptr, lora_ptr,
-    M, N, k_tiles, codes_stride, block_stride, stride_x, stride_y, stride_h, stride_lora,
+    x_ptr, codes_ptr, block_ptr, decode_ptr, y_ptr, part_ptr, h_ptr, lora_ptr, residual_ptr,
+    M, N, k_tiles, codes_stride, block_stride, stride_x, stride_y, stride_h, stride_lora, stride_residual,
     W: gl.constexpr, R: gl.constexpr, T: gl.constexpr, SLICES: gl.constexpr, RANK: gl.constexpr,
-    NATURAL: gl.constexpr, DEPENDENT: gl.constexpr,
+    NATURAL: gl.constexpr, RESIDUAL: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """R rows over one slice of K, M <= T tokens; x in fragments with a tile of zeros, or as it is; RANK 0: no LoRA."""
     CODES: gl.constexpr = codes_layout(W, R)
@@ -301,4 +302,7 @@ def kernel(
         rows = row0 + gl.arange(0, R, gl.SliceLayout(1, Y))
         tokens = gl.arange(0, T, gl.SliceLayout(0, Y))
         inside = (rows < N)[:, None] & (tokens < M)[None, :]
+        if RESIDUAL:  # y is rounded first, as where the sum is a kernel of its own
+            at = residual_ptr + tokens[None, :] * stride_residual + rows[:, None]
+            y = (y.to(gl.float32) + gl.load(at, mask=inside, other=0.0).to(gl.float32)).to(gl.bfloat16)
         gl.store(y_ptr + tokens[None, :] * stride_y + rows[:, None], y, mask=inside)

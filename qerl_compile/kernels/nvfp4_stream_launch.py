@@ -13,18 +13,23 @@ from typing import Any
 
 from torch import Tensor
 
-from qerl_compile.kernels import nvfp4_stream
-from qerl_compile.kernels.nvfp4_fragments import fragments
+from qerl_compile.kernels import lead_in, nvfp4_stream
+from qerl_compile.kernels.nvfp4_fragments import fragments, room
 from qerl_compile.kernels.nvfp4_workspace import partial_sums, turn
 from qerl_compile.kernels.prepared_launch import prepare
 
-__all__ = ["linear", "supports"]
+__all__ = ["linear", "reads_in_order", "supports"]
 
 
 def supports(codes_NK2: Tensor, block_NG: Tensor) -> bool:
     """Whether this kernel, and nvfp4_hopper.py's, can take the weight: whole 256-column tiles, aligned addresses."""
     whole = codes_NK2.shape[1] * 2 % nvfp4_stream.TILE_K == 0
     return whole and codes_NK2.data_ptr() % 16 == 0 and block_NG.data_ptr() % 4 == 0
+
+
+def reads_in_order(config: dict[str, int], k: int) -> bool:
+    """Whether a pass over x comes first. It also clears tickets, so x cannot be read as it lies where K is shared."""
+    return not config["NATURAL"] or min(config["SLICES"], k // nvfp4_stream.TILE_K) > 1
 
 
 def linear(
@@ -36,8 +41,10 @@ def linear(
     *,
     h_MR: Tensor | None = None,
     lora_B_NR: Tensor | None = None,
+    lora_A_RK: Tensor | None = None,
+    residual_MN: Tensor | None = None,
 ) -> Tensor:
-    """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ].
+    """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ] [+ residual].
 
     Args:
         x_MK: bfloat16 [M, K], rows contiguous and 16-byte aligned, M <= config["T"].
@@ -47,6 +54,9 @@ def linear(
         config: see above.
         h_MR: bfloat16 [M, R], R a power of two of at least 16.
         lora_B_NR: bfloat16 [N, R].
+        lora_A_RK: bfloat16 [R, K], in place of h, which lead_in.py then makes while it reorders x; its `supports` and
+            `reads_in_order` must both say yes.
+        residual_MN: bfloat16 [M, N], rows contiguous: added to y after y is rounded, and rounded again.
 
     Returns:
         bfloat16 [M, N].
@@ -63,26 +73,36 @@ def linear(
     slices = min(config["SLICES"], k_tiles)
     tiles = -(-n // rows)
     dependent = bool(config["dependent"])
-    natural = bool(config["NATURAL"]) and slices == 1  # the pass over x clears the tickets
+    natural = not reads_in_order(config, k)
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     if config["max_registers"]:
         options["maxnreg"] = config["max_registers"]
+    rank = 0 if lora_B_NR is None else lora_B_NR.shape[1]
     launch = prepare(
-        nvfp4_stream.kernel, W=warps, R=rows, T=tokens, SLICES=slices, RANK=0 if h_MR is None else h_MR.shape[1],
-        NATURAL=natural, DEPENDENT=dependent, num_warps=warps, **options,
+        nvfp4_stream.kernel, W=warps, R=rows, T=tokens, SLICES=slices, RANK=rank,
+        NATURAL=natural, RESIDUAL=residual_MN is not None, DEPENDENT=dependent, num_warps=warps, **options,
     )  # fmt: skip
     y_MN = x_MK.new_empty(m, n)
-    part, sums = None, tiles * slices * rows * tokens
+    part, sums, tickets = None, tiles * slices * rows * tokens, tiles
+    if slices == 1:
+        sums = tickets = 0
     x = x_MK
     with turn(x_MK.device):
-        if slices > 1:
-            part = partial_sums(x_MK.device, sums + tiles)
-            x = fragments(x_MK, tokens, dependent=dependent, clear=(part, sums, tiles))
+        if lora_A_RK is not None:
+            offset = lead_in.behind(sums + tickets)
+            part = partial_sums(x_MK.device, offset + lead_in.sums(m, rank, k))
+            x = x_MK.new_empty(*room(tokens, k))
+            order = lead_in.Order(True, tokens, x, sums, tickets)
+            h_MR = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=dependent, triggers=dependent)
+        elif slices > 1:
+            part = partial_sums(x_MK.device, sums + tickets)
+            x = fragments(x_MK, tokens, dependent=dependent, clear=(part, sums, tickets))
         elif not natural:
             x = fragments(x_MK, tokens, dependent=dependent)
         launch(
-            (tiles, slices), x, codes_NK2, block_NG, decode_scale, y_MN, part, h_MR, lora_B_NR,
-            m, n, k_tiles, codes_NK2.stride(0), block_NG.stride(0), x_MK.stride(0), n,
+            (tiles, slices), x, codes_NK2, block_NG, decode_scale, y_MN, part if slices > 1 else None, h_MR, lora_B_NR,
+            residual_MN, m, n, k_tiles, codes_NK2.stride(0), block_NG.stride(0), x_MK.stride(0), n,
             0 if h_MR is None else h_MR.stride(0), 0 if lora_B_NR is None else lora_B_NR.stride(0),
+            0 if residual_MN is None else residual_MN.stride(0),
         )  # fmt: skip
     return y_MN

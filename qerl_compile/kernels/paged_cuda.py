@@ -35,6 +35,7 @@ def decode(
     if q_BHD.dtype == torch.float64:
         q_BHD, k_BJD, v_BJD = paged.finished(q_BHD, k_BJD, v_BJD, cos_BD, sin_BD, bias_XD)
         return paged.reference_decode(q_BHD, k_BJD, v_BJD, pages_k, pages_v, table_BP, length_B, scaling, window)
+    capability, multiprocessors = capability_and_multiprocessors(q_BHD.device.index)
     return flash_decode.decode(
         _rows(q_BHD),
         _rows(k_BJD),
@@ -48,7 +49,8 @@ def decode(
         None if cos_BD is None else _rows(cos_BD),
         None if sin_BD is None else _rows(sin_BD),
         bias_XD,
-        multiprocessors=capability_and_multiprocessors(q_BHD.device.index)[1],
+        multiprocessors=multiprocessors,
+        choice={"dependent": capability[0] >= 9},
     )
 
 

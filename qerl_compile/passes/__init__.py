@@ -1,7 +1,7 @@
 """Graph passes, in the order in which they run.
 
     training graphs   trained norms → noise → lora → fuse → quantize → fake quantize → sparsify → recompute
-    rollout graphs    trained norms → noise → fuse → quantize → fake quantize → sparsify → adapt → rotary
+    rollout graphs    trained norms → noise → fuse → quantize → fake quantize → sparsify → adapt → residual → rotary
 
 A pass is two things (architecture.md, decision 4): `state`, which says what a module owns afterwards, and `__call__`,
 which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and
@@ -20,6 +20,7 @@ from qerl_compile.passes.noise import Noise
 from qerl_compile.passes.quantize import Quantize
 from qerl_compile.passes.quantize_site import QuantizeSite
 from qerl_compile.passes.recompute import Recompute
+from qerl_compile.passes.residual import Residual
 from qerl_compile.passes.rotary import Rotary
 from qerl_compile.passes.sparsify import Sparsify
 from qerl_compile.passes.trained_norms import TrainedNorms
@@ -37,6 +38,7 @@ __all__ = [
     "Quantize",
     "QuantizeSite",
     "Recompute",
+    "Residual",
     "Rotary",
     "Sparsify",
     "TrainedNorms",

@@ -1,6 +1,7 @@
 """Run by test_lora_down_interpreted.py in a process of its own: TRITON_INTERPRET must be set before Triton is imported.
 
-Prints one JSON object, name of a check -> largest error over largest result, or infinity if tickets were left behind.
+Prints one JSON object, name of a check -> largest error over largest result, or infinity if tickets were left behind or
+x in order is not, to the bit, what the pass over x alone makes of it.
 """
 
 # ruff: noqa: T201
@@ -9,7 +10,7 @@ import json
 
 import torch
 
-from qerl_compile.kernels import lora_down
+from qerl_compile.kernels import lead_in, lora_down, nvfp4_fragments, nvfp4_permute
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -17,7 +18,7 @@ results: dict[str, float] = {}
 scratch = torch.full((1 << 16,), float("nan"))
 tickets = torch.zeros(1 << 10, dtype=torch.int32)
 lora_down.partial_sums = lambda device, count: scratch.fill_(float("nan"))[:count]
-lora_down.flags = lambda device, count: tickets[:count]
+lora_down.flags = lead_in.flags = lambda device, count: tickets[:count]
 
 for dtype in (torch.float32, torch.float16):
     for m, r, k in ((1, 16, 128), (3, 48, 208), (16, 32, 256), (37, 64, 400)):
@@ -42,5 +43,36 @@ for dtype in (torch.float32, torch.float16):
             right = h.dtype == dtype and h.shape == (m, r) and h.is_contiguous() and not tickets.any()
             error = ((h.double() - exact).abs().max() / exact.abs().max()).item()
             name = f"{dtype} M{m} R{r} K{k} {' '.join(f'{key}{value}' for key, value in form.items())}"
+            results[name] = error if right else float("inf")
+# h and x in order from one launch, as fragments and as planes, with the GEMM's counters beside h's partial sums
+for m, r, k, form in (
+    (1, 16, 256, {"BM": 1, "BR": 1, "KS": 256, "STEPS": 1, "GROUPS": 0}),
+    (5, 32, 512, {"BM": 8, "BR": 1, "KS": 1024, "STEPS": 1, "GROUPS": 0}),
+    (7, 16, 1280, {"BM": 16, "BR": 16, "KS": 256, "STEPS": 2, "GROUPS": 4}),
+    (16, 48, 1024, {"BM": 16, "BR": 16, "KS": 256, "STEPS": 1, "GROUPS": 1}),
+):
+    form |= {"num_warps": 1, "num_stages": 2, "DEPENDENT": False}
+    lora_down.config = lambda m, k, form=form: form
+    x = torch.full((m, k + 48), float("nan"), dtype=torch.float16)[:, 16 : 16 + k].copy_(torch.randn(m, k))
+    a = torch.full((r + 16, k), float("nan"), dtype=torch.float16)[16:].copy_(torch.randn(r, k))
+    exact = x.double() @ a.double().T
+    for fragments in (True, False):
+        for counters in (0, 300):
+            tokens, used = 8 if m <= 8 else 16, 40 + counters
+            if fragments:
+                alone = nvfp4_fragments.fragments(x, tokens)
+            else:
+                blank = x.new_full((nvfp4_permute.permuted_rows(m, k, tokens), 64), 3)
+                alone = nvfp4_permute.permute(x, tokens, out=blank)
+            out = torch.full_like(alone, 3)
+            offset = lead_in.behind(used)
+            memory = torch.full((offset + lead_in.sums(m, r, k) + 8,), float("nan"))
+            order = lead_in.Order(fragments, tokens, out, 40, counters)
+            h = lead_in.launch(x, a, order, memory, offset, waits=False, triggers=False)
+            right = torch.equal(out.view(torch.int16), alone.view(torch.int16)) and not tickets.any()
+            around = torch.cat((memory[:40], memory[-8:]))
+            right = right and bool(memory[40:used].eq(0).all() and around.isnan().all())
+            error = ((h.double() - exact).abs().max() / exact.abs().max()).item()
+            name = f"lead-in M{m} R{r} K{k} {'fragments' if fragments else 'planes'} {counters} counters"
             results[name] = error if right else float("inf")
 print(json.dumps(results))

@@ -27,6 +27,13 @@ def test_every_form_agrees_with_float64_and_leaves_its_tickets_at_zero(results, 
     assert max(errors.values()) < limit, max(errors, key=lambda name: errors[name])
 
 
+def test_one_launch_makes_h_and_orders_x_and_clears_only_the_counters(results):
+    errors = {name: value for name, value in results.items() if name.startswith("lead-in")}
+    assert len(errors) == 16
+    assert not any(math.isnan(value) for value in errors.values())
+    assert max(errors.values()) < 1e-3, max(errors, key=lambda name: errors[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "r", "k"), [(0, 16, 64), (3, 5, 24), (300, 16, 64)])
 def test_what_the_kernel_does_not_take_goes_to_torch(dtype, m, r, k):

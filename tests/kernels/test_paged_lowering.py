@@ -97,7 +97,11 @@ def test_combine_does_not_spill_and_waits_only_as_a_dependent(splits, dependent,
     }  # fmt: skip
     compiled = lower(flash_decode._combine, constants, "*bf16", {"num_warps": 4})
     assert not re.search(r"\b(LDL|STL)\b", disassemble(compiled, tmp_path))
-    assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == dependent
+    ptx = compiled.asm["ptx"]
+    assert re.findall(r"griddepcontrol\.(\w+)", ptx) == (["wait", "launch_dependents"] if dependent else [])
+    if dependent:
+        touched = [at.start() for at in re.finditer(r"(ld|st)\.global|\bret;", ptx)]
+        assert ptx.index("griddepcontrol.wait") < min(touched)
 
 
 @pytest.mark.parametrize("d", [64, 80, 128])
@@ -114,11 +118,16 @@ def test_decode_lowers_on_ampere_and_blackwell():
         assert "mma.sync" in decode(5, 128, 64, capability=capability).asm["ptx"]
 
 
-@pytest.mark.parametrize("dependent", [False, True])
-def test_decode_lets_combine_start_only_as_a_dependent_launch(dependent):
-    ptx = decode(5, 128, 64, dependent=dependent).asm["ptx"]
-    assert ("griddepcontrol.launch_dependents" in ptx) == dependent
-    assert "griddepcontrol.wait" not in ptx
+@pytest.mark.parametrize("split", [False, True])
+def test_a_dependent_decode_waits_before_it_touches_memory_and_triggers_after_its_loop(split):
+    ptx = decode(5, 128, 64, split=split, rotary=True, bias=True, dependent=True).asm["ptx"]
+    assert re.findall(r"griddepcontrol\.(\w+)", ptx) == ["wait", "launch_dependents"]
+    wait, trigger = ptx.index("griddepcontrol.wait"), ptx.index("griddepcontrol.launch_dependents")
+    touched = [at.start() for at in re.finditer(r"(ld|st)\.global|cp\.async\.c[ag]\.shared|\bret;", ptx)]
+    assert wait < min(touched)
+    copies = [at.start() for at in re.finditer(r"cp\.async\.c[ag]\.shared|mma\.sync", ptx)]
+    assert trigger > max(copies)
+    assert "griddepcontrol" not in decode(5, 128, 64, split=split).asm["ptx"]
 
 
 def test_every_argument_goes_into_the_key_of_a_prepared_launch():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qerl_compile.formats import nvfp4
-from qerl_compile.kernels import nvfp4_fragments, nvfp4_stream, nvfp4_stream_launch
+from qerl_compile.kernels import lead_in, nvfp4_fragments, nvfp4_stream, nvfp4_stream_launch
 from tests.kernels.gluon_on_torch import Pointer, run
 from tests.kernels.oracle import make_weight
 from tests.kernels.test_triton_lowering import disassemble, lower
@@ -85,6 +85,33 @@ def test_the_source_on_torch_tensors_agrees_with_float64_whatever_cta_is_last(ca
     assert on_torch["grids"][-1] == (slices, (-(-n // config["R"]), slices))
     on_torch["order"] = reversed
     assert torch.equal(y, nvfp4_stream_launch.linear(x, *w.args, config, **branch))
+    residual = torch.randn(m, n + 8, generator=generator).bfloat16()[:, :n]
+    added = nvfp4_stream_launch.linear(x, *w.args, config, **branch, residual_MN=residual)
+    assert torch.equal(added, y + residual)
+
+
+def test_a_in_place_of_h_gives_the_same_bits_from_scratch_that_is_shared(on_torch, monkeypatch):
+    """lead_in.launch is stood in for by torch: what is checked is what it is given and what becomes of it."""
+    given = []
+
+    def launch(x_MK, a_RK, order, scratch, offset, *, waits, triggers):
+        given.append((offset, len(scratch), waits, triggers))
+        clear = (scratch, order.counter_at, order.counters) if order.counters else None
+        order.out.copy_(nvfp4_fragments.fragments(x_MK, order.tokens, clear=clear))
+        scratch[offset : offset + lead_in.sums(*x_MK.shape[:1], a_RK.shape[0], x_MK.shape[1])] = float("nan")
+        return (x_MK.float() @ a_RK.float().T).bfloat16()
+
+    monkeypatch.setattr(lead_in, "launch", launch)
+    generator = torch.Generator().manual_seed(3)
+    w = make_weight(40, 1280)
+    x, a, b = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((9, 1280), (32, 1280), (40, 32)))
+    for config in ({"T": 16}, {"T": 16, "SLICES": 3, "W": 2}):
+        config = FORM | config
+        h = (x.float() @ a.float().T).bfloat16()
+        want = nvfp4_stream_launch.linear(x, *w.args, config, h_MR=h, lora_B_NR=b)
+        assert torch.equal(nvfp4_stream_launch.linear(x, *w.args, config, lora_A_RK=a, lora_B_NR=b), want)
+    # 32 ranks x 3 slices of 512 columns x 16 tokens behind nothing; then behind 3 CTAs x 3 slices x 256 and 3 tickets
+    assert given == [(0, 1536, True, True), (2336, 2336 + 1536, True, True)]
 
 
 @pytest.mark.parametrize("config", [{"T": 32, "NATURAL": 1}, {"T": 8, "R": 32}])
@@ -99,13 +126,22 @@ def test_identity_activations_read_out_every_code_under_every_scale(config, on_t
 
 
 def compiled(capability=90, **form):
-    constants = {"W": 4, "R": 16, "T": 8, "SLICES": 1, "RANK": 0, "NATURAL": False} | form
+    constants = {"W": 4, "R": 16, "T": 8, "SLICES": 1, "RANK": 0, "NATURAL": False, "RESIDUAL": False} | form
     constants["DEPENDENT"] = capability >= 90
     warps = constants["W"]
     constants |= {} if constants["RANK"] else {"h_ptr": None, "lora_ptr": None}
+    constants |= {} if constants["RESIDUAL"] else {"residual_ptr": None}
     constants |= {} if constants["SLICES"] > 1 else {"part_ptr": None}
     block = "*fp8e4nv" if capability >= 90 else "*u8"  # Triton has no E4M3 on Ampere, not even behind a pointer
-    return lower(nvfp4_stream.kernel, constants, capability, warps, block=block, gluon=True, extra={"x_ptr": "*bf16"})
+    return lower(
+        nvfp4_stream.kernel,
+        constants,
+        capability,
+        warps,
+        block=block,
+        gluon=True,
+        extra={"x_ptr": "*bf16", "residual_ptr": "*bf16"},
+    )
 
 
 def main_loop(sass):
@@ -127,6 +163,7 @@ def count(opcode, sass):
 FORMS = {  # form, most instructions a weight, CTAs (four warps' worth) for which a multiprocessor has registers
     "8 tokens": ({}, 2.9, 5),
     "8 tokens, slices, LoRA": ({"SLICES": 2, "RANK": 32}, 2.9, 5),
+    "8 tokens, slices, LoRA, residual": ({"SLICES": 2, "RANK": 32, "RESIDUAL": True}, 2.9, 5),
     "8 tokens, eight warps": ({"W": 8, "RANK": 16}, 2.9, 4),
     "8 tokens, x as it is": ({"NATURAL": True}, 3.3, 4),
     "8 tokens, 32 rows": ({"R": 32}, 2.8, 3),
