@@ -73,7 +73,8 @@ class QuantizeRule(Part):
 
     scales: Literal["amax", "mse", "four_over_six"] = "amax"
     """How block scales are chosen: `amax` from the block's largest weight (the bytes of compressed-tensors), `mse` by
-    the least squared error over a few candidates, `four_over_six` by letting the largest weight land on 4 or on 6."""
+    the least squared error over all scales that E4M3 has, `four_over_six` by letting the largest weight land on 4 or
+    on 6. The last two are made for calibration text, which says how much a column's error matters."""
 
     rounding: Literal["nearest", "gptq"] = "nearest"
     """`gptq` rounds column by column and lets later columns make up for the error; it needs calibration data."""

@@ -160,7 +160,7 @@ def _input_scales(model: nn.Module, packed: Collection[str]) -> dict[str, Scalar
             where=missing[0],
             expected="a calibrated input scale on every packed linear, for activations in 4 bits",
             got=f"none on {len(missing)} of {len(packed)}",
-            do="Run qerl-compile calibrate on the model first, or export with activations in 16 bits.",
+            do="Calibrate it (qerl-compile transform --calibrate-on), or export with 16-bit activations.",
         )
     return scales
 
@@ -183,7 +183,7 @@ def _kv_scales(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
             where=missing[0] if missing else type(model).__name__,
             expected="calibrated k_scale and v_scale on every attention module, for a KV cache in 8 bits",
             got=f"none on {len(missing)} of {len(missing) + len(scales)}",
-            do="Run qerl-compile calibrate on the model first, or export with the cache in 16 bits.",
+            do="Calibrate it (qerl-compile transform --calibrate-on), or export with the cache in 16 bits.",
         )
     return scales
 
