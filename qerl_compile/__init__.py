@@ -96,4 +96,5 @@ def _register() -> None:
 
 if _REGISTRY in sys.modules:
     _register()
-sys.meta_path.insert(0, _DoorOpener())
+# Two of them would ask each other for ever, and a reload of this module makes another.
+sys.meta_path[:] = [_DoorOpener(), *(each for each in sys.meta_path if type(each).__name__ != _DoorOpener.__name__)]

@@ -84,11 +84,11 @@ def load(
     device = usable_device(device)
     layout = layout_of(checkpoint)
     model = _empty_model(checkpoint, dtype)
-    tied = _check_tensors(model, checkpoint, layout)
+    tied = check_tensors(model, checkpoint, layout)
     adapters = None if adapter is None else _adapter_sites(adapter)
     norms = None if adapter is None else adapter_norms(adapter) or None
     plan = make_plan(model, recipe, packed=frozenset(layout.linears), adapters=adapters, trained_norms=norms)
-    _refuse_uncalled(checkpoint, layout, plan)
+    refuse_uncalled(checkpoint, layout, plan)
     for note in layout.notes:
         warnings.warn(f"{root}, {layout.label}: {note}", stacklevel=2)
     attacher = Attacher(model, plan, seed=seed)
@@ -170,8 +170,23 @@ def _empty_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> 
     return model
 
 
-def _check_tensors(model: nn.Module, checkpoint: CheckpointDirectory, layout: Layout) -> dict[str, str]:
-    """Compare names, shapes and dtypes with the model before reading; return `{tied name: name of its holder}`."""
+def check_tensors(
+    model: nn.Module, checkpoint: CheckpointDirectory, layout: Layout, *, will_be_tied: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Compare names, shapes and dtypes with the model before a tensor is read.
+
+    Args:
+        model: built from the directory's config; parameters may be on the meta device.
+        checkpoint: the judged directory.
+        layout: what of it is packed.
+        will_be_tied: name → name of its holder, of weights that are not one tensor yet.
+
+    Returns:
+        `{tied name: name of its holder}`.
+
+    Raises:
+        CheckpointError: the tensors are not those of the model.
+    """
     modules = dict(model.named_modules())
     for path, linear in layout.linears.items():
         if not isinstance(modules.get(path), nn.Linear):
@@ -186,8 +201,9 @@ def _check_tensors(model: nn.Module, checkpoint: CheckpointDirectory, layout: La
     tied: dict[str, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, leaf = name.rpartition(".")
-        if id(tensor) in holders:
-            tied[name] = holders[id(tensor)]
+        holder = holders.get(id(tensor)) or (will_be_tied or {}).get(name)
+        if holder is not None:
+            tied[name] = holder
             _refuse_tied(checkpoint, layout, name, tied[name])
             continue
         holders[id(tensor)] = name
@@ -224,7 +240,12 @@ def _refuse_tied(checkpoint: CheckpointDirectory, layout: Layout, *names: str) -
             )
 
 
-def _refuse_uncalled(checkpoint: CheckpointDirectory, layout: Layout, plan: Plan) -> None:
+def refuse_uncalled(checkpoint: CheckpointDirectory, layout: Layout, plan: Plan) -> None:
+    """Refuse packed weights that no decoder layer multiplies with.
+
+    Raises:
+        CheckpointError: names them.
+    """
     uncalled = [path for path in layout.linears if path not in plan.quantize]
     if uncalled:
         refuse_checkpoint(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from qerl_compile.attach import link, unlink
 from qerl_compile.backend import GraphCompiler
 from qerl_compile.errors import ModelError
+from qerl_compile.passes.quantize import CACHE_SCALES
 from qerl_compile.peft_face import peft_class
 from qerl_compile.plan import Plan
 from qerl_compile.recipe import Recipe
@@ -100,6 +101,11 @@ class QerlModel(nn.Module):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save a model without adapters and without packed weights; refuse a packed one: see the module's essay."""
         if not self.qerl.plan.quantize:
+            measured = self.qerl.recipe.calibration
+            if measured is not None and measured.kv_cache == "fp8" and "state_dict" not in kwargs:
+                # scales of a cache are an exporter's to write: an ordinary model has no tensors of these names
+                state = self.state_dict().items()
+                kwargs["state_dict"] = {name: t for name, t in state if name.rpartition(".")[2] not in CACHE_SCALES}
             super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
             return
         raise ModelError(

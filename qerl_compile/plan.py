@@ -127,7 +127,7 @@ def make_plan(
 
     Raises:
         RecipeError: a rule selects nothing, or selects what cannot be rewritten, or norms are trained without adapters,
-            or full weights with them, or a rule needs sample text.
+            or full weights with them, or a rule needs sample text, or inputs of trained weights would be measured.
         FormatError: a selected linear's K is no multiple of 16, or of 4 where it is only made sparse.
         GraphError: a decoder layer cannot be captured.
     """
@@ -141,6 +141,7 @@ def make_plan(
     sparse = _sparse_sites(model, recipe, usable, linears, packed)
     if not calibrating:
         _refuse_without_text(recipe, quantize, sparse, packed)
+    _refuse_input_scales(recipe, trained_weights)
     lora = dict(adapters) if adapters is not None else _lora_sites(recipe, usable, linears)
     _check_adapted(lora, usable, trained_weights)
     return Plan(
@@ -226,6 +227,17 @@ def _refuse_without_text(
             got=f"{', '.join(wants)}, and no text",
             do="Run `qerl-compile transform MODEL --recipe R --calibrate-on FILE -o DIR` or call "
             "qerl_compile.calibrate(model, recipe, texts).",
+        )
+
+
+def _refuse_input_scales(recipe: Recipe, trained_weights: Sequence[str]) -> None:
+    """Refuse to measure inputs of weights that are trained afterwards: an export would have scales of another model."""
+    if trained_weights and recipe.calibration is not None and recipe.calibration.activations:
+        raise RecipeError(
+            where="calibration.activations",
+            expected="packed weights, whose inputs stay what was measured",
+            got=f"{len(trained_weights)} linears with `weights: trained`, such as {trained_weights[0]}",
+            do="Set calibration.activations to false, or pack these weights.",
         )
 
 

@@ -23,7 +23,7 @@ from qerl_compile.errors import CheckpointError, ModelError
 from qerl_compile.formats.nvfp4 import check_weight
 from qerl_compile.graph import held_tensor
 from qerl_compile.layouts import layout_of
-from qerl_compile.loading import empty_model, model_directory, usable_device
+from qerl_compile.loading import DENSE_DTYPES, _empty_model, model_directory, usable_device
 from qerl_compile.plan import Plan
 from qerl_compile.transforming import refuse_unsuitable
 
@@ -50,12 +50,12 @@ class InMemory:
         self.name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
 
     def outside(self, plan: Plan) -> None:
-        """Look for NaN and Inf in what will be packed, before any of it is.
+        """Look for NaN and Inf in what will be packed or trained, before any of it is.
 
         Raises:
             FormatError: naming the first.
         """
-        for path in plan.quantize:
+        for path in (*plan.quantize, *plan.trained_weights):
             check_weight(held_tensor(self.model.get_submodule(path), "weight"), path)
 
     def layer(self, path: str) -> None:
@@ -72,7 +72,7 @@ class FromCheckpoint:
         name: what the user called it.
 
     Raises:
-        CheckpointError: a name or shape is not the model's.
+        CheckpointError: a name or shape is not the model's, or a tensor is of a type that no dense weight has.
     """
 
     def __init__(self, model: Any, checkpoint: CheckpointDirectory, device: torch.device, name: str) -> None:
@@ -90,6 +90,13 @@ class FromCheckpoint:
                     expected=f"shape {list(tensor.shape)}, from config.json",
                     got=f"shape {list(entry.shape)}",
                     do="Check that config.json belongs to these weights.",
+                )
+            if tensor.is_floating_point() and entry.dtype not in DENSE_DTYPES:
+                raise CheckpointError(
+                    where=f"{entry.file}: tensor {name!r}",
+                    expected=f"dtype {' or '.join(DENSE_DTYPES)}",
+                    got=entry.dtype,
+                    do="Start from the bf16 checkpoint of this model.",
                 )
         self.dtypes = {name: tensor.dtype for name, tensor in wanted.items()}
 
@@ -161,7 +168,7 @@ def opened(
             do="Calibrate the bf16 checkpoint of this model.",
         )
     place = usable_device(device)
-    model = empty_model(root, dtype=dtype)
+    model = _empty_model(checkpoint, dtype)
     weights = FromCheckpoint(model, checkpoint, place, str(model_or_path))
     if tokenizer is None:
         from transformers import AutoTokenizer

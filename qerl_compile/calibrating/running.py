@@ -23,6 +23,7 @@ Weights are rounded from the model's dtype (`dtype`), where `load` rounds from t
 What this module does not do: choose text, round within a layer in sequence, train scales, use several devices. A
 model in memory is changed in place: if a layer fails, it is lost."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
@@ -37,7 +38,7 @@ from qerl_compile.calibrating.layer import LayerWork
 from qerl_compile.calibrating.layer_calls import LayerCalls
 from qerl_compile.calibrating.samples import token_rows
 from qerl_compile.calibrating.served_scales import LargestValues, input_scale
-from qerl_compile.calibrating.statistics import gathering
+from qerl_compile.calibrating.statistics import gathering, refuse_not_finite
 from qerl_compile.model import TransformState, become_qerl
 from qerl_compile.plan import Plan, make_plan
 from qerl_compile.recipe import CalibrationConfig, Recipe
@@ -102,6 +103,7 @@ def calibrate(
 
     Raises:
         TaskError: too little text.
+        NotFiniteError: the text makes a layer compute NaN or Inf.
         ModelError: a model that cannot be calibrated, such as a transformed one; a missing tokenizer.
         GraphError: layers cannot be called one by one.
         RecipeError, FormatError, CheckpointError: as `transform` and `load`.
@@ -112,7 +114,7 @@ def calibrate(
     model, tokenizer, weights = opened(model_or_path, tokenizer, device, dtype, trust_remote_code=trust_remote_code)
     plan = make_plan(model, recipe, calibrating=True)
     rows_ST = token_rows(texts, tokenizer, samples=config.samples, tokens=config.tokens)
-    was_training = model.training
+    was_training = model.training and isinstance(model_or_path, nn.Module)  # one that is built here has no mode yet
     model.eval()
     attacher = Attacher(model, plan, seed=seed)
     with torch.no_grad():
@@ -187,6 +189,8 @@ class _Run:
         self._attach(work, largest)
         self.calls.hidden = rounded
         error = sum(float((r.float() - d.float()).square().sum()) for r, d in zip(rounded, dense, strict=True))
+        if not math.isfinite(error):
+            refuse_not_finite(path, "outputs")
         return error / max(sum(float(d.float().square().sum()) for d in dense), torch.finfo(torch.float32).tiny)
 
     def _measured(self, work: LayerWork) -> dict[str, nn.Module]:

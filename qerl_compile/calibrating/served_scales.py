@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qerl_compile.errors import GraphError
 from qerl_compile.formats.nvfp4 import E4M3_MAX, divisor_of
+from qerl_compile.passes.quantize import CACHE_SCALES
 
 
 class LargestValues:
@@ -91,8 +92,8 @@ class LargestValues:
                 do="Set calibration.kv_cache to none.",
             )
         for attention, key in self.keys.items():
-            attention.register_buffer("k_scale", cache_scale(key))
-            attention.register_buffer("v_scale", cache_scale(self.values[attention]))
+            for leaf, amax in zip(CACHE_SCALES, (key, self.values[attention]), strict=True):
+                attention.register_buffer(leaf, cache_scale(amax))
 
 
 def input_scale(amax: Tensor) -> Tensor:

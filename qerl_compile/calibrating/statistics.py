@@ -14,9 +14,12 @@ Shape suffixes: M tokens, K input channels.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from qerl_compile.errors import NotFiniteError
 
 FLOOR = 0.01  # of the mean: what GPTQ adds to the Hessian's diagonal, and what a channel that was never seen counts
 
@@ -83,6 +86,9 @@ def gathering(modules: Mapping[str, nn.Module], hessians: Mapping[str, bool]) ->
     Args:
         modules: path → linear.
         hessians: path → whether its Hessian is kept.
+
+    Raises:
+        NotFiniteError: at the end, if NaN or Inf came by.
     """
     found: dict[str, InputStatistics] = {}
     hooks = []
@@ -95,3 +101,20 @@ def gathering(modules: Mapping[str, nn.Module], hessians: Mapping[str, bool]) ->
     finally:
         for hook in hooks:
             hook.remove()
+    for path, statistics in found.items():
+        if not bool(statistics.square_K.isfinite().all()):
+            refuse_not_finite(path, "inputs")
+
+
+def refuse_not_finite(path: str, what: str) -> NoReturn:
+    """Say that calibration met NaN or Inf: nothing can be rounded or scaled by them.
+
+    Raises:
+        NotFiniteError: always.
+    """
+    raise NotFiniteError(
+        where=path,
+        expected=f"finite {what} on the sample text",
+        got="NaN or Inf",
+        do="Calibrate in bfloat16 or float32 (dtype=), where numbers overflow later than in float16.",
+    )

@@ -4,24 +4,23 @@ Engines follow the list and not the tensors. A packed linear that it names, a de
 one fused matrix on different sides of it are faults, and the message says of which engine.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qerl_compile.checkup.findings import Fault
 from qerl_compile.checkup.recognition import COMPRESSED, MODELOPT, TORCHAO, Contents
 from qerl_compile.checkup.skeleton import Skeleton
+from qerl_compile.exporters.dense_lists import is_unsafe, names_module
 from qerl_compile.exporters.fused_partners import partners
-from qerl_compile.recipe_pattern import checked_pattern
+from qerl_compile.layouts.modelopt import BESIDE
 from qerl_compile.wording import shown
 
 
 def ignored(contents: Contents, paths: list[str]) -> set[str]:
     """Return those of the module paths that the config's list names."""
     _, entries = _entries(contents)
-    matches = _matcher(contents)
-    return {path for path in paths if any(matches(entry, path) for entry in entries)}
+    wildcards = contents.dialect is MODELOPT
+    return {path for path in paths if any(names_module(entry, path, wildcards=wildcards) for entry in entries)}
 
 
 def list_faults(contents: Contents, skeleton: Skeleton | None) -> Iterator[Fault]:
@@ -56,7 +55,7 @@ def _entries(contents: Contents) -> tuple[str, list[str]]:
     described: Mapping[str, Any] = contents.section
     where = "config.json: quantization_config"
     if not described and contents.beside:
-        described, where = contents.beside, "hf_quant_config.json"
+        described, where = contents.beside, BESIDE
     nested = described.get("quantization")
     if isinstance(nested, Mapping):
         described, where = nested, f"{where}.quantization"
@@ -65,28 +64,11 @@ def _entries(contents: Contents) -> tuple[str, list[str]]:
     return f"{where}.{key}", [each for each in entries if isinstance(each, str)] if isinstance(entries, list) else []
 
 
-def _matcher(contents: Contents) -> Callable[[str, str], bool]:
-    if contents.dialect is MODELOPT:
-        return lambda entry, path: fnmatchcase(path, entry)
-    return lambda entry, path: (
-        entry in (path, "Linear")
-        or (entry.startswith("re:") and _is_safe(entry[3:]) and re.match(entry[3:], path) is not None)
-    )
-
-
 def _unsafe(contents: Contents, key: str, entries: list[str]) -> Iterator[Fault]:
     if contents.dialect is COMPRESSED:
         for entry in entries:
-            if entry.startswith("re:") and not _is_safe(entry[3:]):
+            if is_unsafe(entry):
                 yield Fault("pattern-not-run", key, shown(entry))
-
-
-def _is_safe(pattern: str) -> bool:
-    try:
-        checked_pattern(pattern)
-    except ValueError:
-        return False
-    return True
 
 
 def _linears_of(contents: Contents) -> list[str]:

@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from qerl_compile.calibrating import LayerReport
+    from qerl_compile.recipe import Recipe
 
 CalibrateOn = Annotated[
     str | None,
@@ -39,6 +40,31 @@ def calibration_texts(spec: str, tokenizer: Any) -> Iterable[str]:
     from qerl_compile.rl.tasks import parse_task
 
     return _rows_as_texts(parse_task(spec), tokenizer)
+
+
+def refuse_unread(recipe: "Recipe") -> None:
+    """Refuse sample text with a recipe that makes the same bytes without it.
+
+    Raises:
+        RecipeError: no rule reads text.
+    """
+    from qerl_compile.errors import RecipeError
+
+    measured = recipe.calibration
+    readers = (
+        any((rule.scales, rule.rounding) != ("amax", "nearest") for rule in recipe.quantize),
+        any(rule.score == "wanda" for rule in recipe.sparsify),
+        measured is not None
+        and (measured.activations or (measured.channel_scaling, measured.kv_cache) != ("none", "none")),
+    )
+    if not any(readers):
+        raise RecipeError(
+            where="--calibrate-on",
+            expected="a rule that reads text: scales mse or four_over_six, rounding gptq, score wanda, or "
+            "calibration with awq, activations or kv_cache",
+            got=f"none in recipe {recipe.name!r}",
+            do="Leave --calibrate-on out, or add one, as --set quantize[0].rounding=gptq.",
+        )
 
 
 def _rows_as_texts(task: Any, tokenizer: Any) -> Iterator[str]:

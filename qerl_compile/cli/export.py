@@ -82,9 +82,11 @@ def export(
     measured = bool(merge) or verify
     _refuse_idle(measured, text=text, budget=budget, base=base, keep_failing=keep_failing)
     from qerl_compile.exporters import export as write
-    from qerl_compile.exporters.verify import export_verified
+    from qerl_compile.exporters.verify import check_verified, export_verified
 
     limits, texts = _limits(budget), _texts(text)
+    if measured:
+        check_verified(target, merge, options, base=base, texts=texts, budgets=limits)
     policy, tokenizer, base_name = open_model(model, inner="eager", device=device)
     shared: dict[str, Any] = {
         "target": target,
@@ -126,6 +128,8 @@ def _limits(pairs: list[str]) -> Any:
     from qerl_compile.errors import ExportError
     from qerl_compile.exporters.verify import Budgets
 
+    if not pairs:
+        return None
     limits, known = Budgets(), [limit.name for limit in fields(Budgets)]
     for pair in pairs:
         name, _, number = pair.partition("=")

@@ -1,7 +1,12 @@
 """`qerl-compile transform MODEL -o DIR`: a packed directory that loads in seconds and that vLLM serves."""
 
+from typing import TYPE_CHECKING
+
 from qerl_compile.cli.calibrating import CalibrateOn
 from qerl_compile.cli.options import Device, Model, Out, RecipeName, Sets, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from qerl_compile.plan import Plan
 
 
 def transform(
@@ -14,7 +19,7 @@ def transform(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model to NVFP4 and write the packed checkpoint."""
-    from qerl_compile.cli.calibrating import calibration_texts, export_options, summary
+    from qerl_compile.cli.calibrating import calibration_texts, export_options, refuse_unread, summary
     from qerl_compile.cli.console import quiet_libraries, stdout, wrote
     from qerl_compile.cli.runs import base_name, open_tokenizer, refuse_output
 
@@ -35,6 +40,8 @@ def transform(
             got="none",
             do="Use --recipe nvfp4-lora, or train MODEL itself with this recipe.",
         )
+    if calibrate_on is not None:
+        refuse_unread(rules)
     tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
     options = {"inner": "eager", "device": device, "trust_remote_code": trust_remote_code}
     if calibrate_on is None:
@@ -45,11 +52,18 @@ def transform(
         stdout().print(summary(reports))
     plan = packed.qerl.plan
     count = len(plan.quantize) + len(plan.trained_weights)
+    groups = len(plan.groups) + len(plan.trained_groups)
     stdout().print(
         f"{type(packed).__name__}: {count} linears to NVFP4 in {len(plan.layers)} layers, "
-        f"{len(plan.groups)} fused groups; in training the recipe adds {len(plan.lora)} adapters "
+        f"{groups} fused groups; in training the recipe adds {len(plan.lora)} adapters "
         f"and {len(plan.noise)} noisy norms"
     )
     scales = export_options(packed)
     export(packed, out, target="vllm", tokenizer=tokenizer, base_name=base_name(model), **scales)
-    wrote(out, f"NVFP4{'' if 'activations' in scales else 'A16'} checkpoint", then=train_command(out, recipe, set_))
+    then = train_command(out) if plan.trained_weights else train_command(out, recipe, [*set_, *_met(plan)])
+    wrote(out, f"NVFP4{'' if 'activations' in scales else 'A16'} checkpoint", then=then)
+
+
+def _met(plan: "Plan") -> list[str]:
+    """Return the overrides without rules that a packed checkpoint has met already and that would be refused on it."""
+    return ["sparsify=[]"] if plan.sparse else []

@@ -4,8 +4,9 @@
     hide     a packed module has no `weight`, and its tensors are none of transformers' business
     fill     plan, packed tensors verbatim, adapters, noise, compilation               attach.py, model.py
 
-The steps are those of `loading.load`, with transformers' own loading of the dense tensors in the middle. That is why
-they are not a call of it: the model exists already, built with whatever `from_pretrained` was told.
+The steps are those of `loading.load`, and the judgements are its functions, with transformers' own loading of the dense
+tensors in the middle. That is why it is not called: the model exists already, built with whatever `from_pretrained` was
+told.
 """
 
 import warnings
@@ -17,16 +18,13 @@ from torch import nn
 
 from qerl_compile.attach import Attacher
 from qerl_compile.checkpoint_dir import open_checkpoint
-from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
+from qerl_compile.checkpoint_tensors import finite_or_raise
 from qerl_compile.graph import held_tensor
 from qerl_compile.layouts import layout_of, positive_scalar
-from qerl_compile.layouts.packed_linear import SCALAR, Form
+from qerl_compile.loading import check_tensors, refuse_uncalled
 from qerl_compile.model import TransformState, become_qerl
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
-from qerl_compile.wording import listed, refuse_checkpoint, shown
-
-OTHER_CONFIG = "Check that config.json belongs to these weights."
 
 
 class PackedDirectory:
@@ -45,28 +43,7 @@ class PackedDirectory:
         self.layout = layout_of(self.checkpoint)
         self._hidden: dict[str, nn.Parameter] = {}
         self._files = {name: entry.file for name, entry in self.checkpoint.tensors.items()}
-        forms: dict[str, Form] = dict.fromkeys(self.layout.kv_scales, SCALAR)
-        dense: list[str] = []
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            path, _, leaf = name.rpartition(".")
-            if leaf == "weight" and path in self.layout.linears:
-                forms |= self.layout.linears[path].forms(*tensor.shape)
-            else:
-                dense.append(name)
-        tied = set(model.all_tied_weights_keys)
-        compare_names(
-            [*dense, *forms], list(self.checkpoint.tensors), where=str(root), optional=tied, ignored=self.layout.unread
-        )
-        for name, form in forms.items():
-            entry = self.checkpoint.tensors[name]
-            if entry.shape not in form.shapes or entry.dtype not in form.dtypes:
-                wanted = " or ".join(str(list(shape)) for shape in form.shapes)
-                refuse_checkpoint(
-                    f"{entry.file}: tensor {shown(name)}",
-                    f"{' or '.join(form.dtypes)} {wanted}, from config.json",
-                    f"{entry.dtype} {list(entry.shape)}",
-                    do=OTHER_CONFIG,
-                )
+        check_tensors(model, self.checkpoint, self.layout, will_be_tied=model.all_tied_weights_keys)
 
     def hide_from(self, model: Any) -> None:
         """Take `weight` off the packed modules, so that transformers neither misses nor initialises it."""
@@ -93,12 +70,7 @@ class PackedDirectory:
         for path, weight in self._hidden.items():
             model.get_submodule(path)._parameters["weight"] = weight
         plan = make_plan(model, recipe, packed=frozenset(self.layout.linears))
-        uncalled = [path for path in self.layout.linears if path not in plan.quantize]
-        if uncalled:
-            got = f"{len(uncalled)} others: {listed(uncalled)}"
-            refuse_checkpoint(
-                str(self.checkpoint.root), "packed weights of linears that a layer calls", got, do=OTHER_CONFIG
-            )
+        refuse_uncalled(self.checkpoint, self.layout, plan)
         attacher = Attacher(model, plan, seed=seed)
         with torch.no_grad():
             for path in plan.quantize:

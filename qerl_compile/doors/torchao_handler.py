@@ -37,7 +37,7 @@ except ImportError as fault:
         where="qerl_compile.QerlNVFP4Config",
         expected="torchao with a registry of handlers (0.18 was tried)",
         got=str(fault),
-        do="pip install torchao, or use qerl_compile.transform, which does not need it.",
+        do="Run `pip install torchao`, or use qerl_compile.transform, which does not need it.",
     ) from fault
 
 OWNED = ("weight_packed", "weight_scale", "weight_global_scale")

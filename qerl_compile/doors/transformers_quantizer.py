@@ -40,8 +40,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from qerl_compile.errors import CheckpointError, ModelError, RecipeError
-
-METHOD = "qerl-nvfp4"
+from qerl_compile.layouts import OWN_METHOD
 
 
 class QerlNVFP4HfConfig(CompressedTensorsConfig):
@@ -63,7 +62,7 @@ class QerlNVFP4HfConfig(CompressedTensorsConfig):
         inner: str = "inductor",
         decode: str = "regional",
         seed: int = 0,
-        quant_method: str = METHOD,
+        quant_method: str = OWN_METHOD,
         **fields: Any,
     ) -> None:
         # The base's __init__ would parse the fields and set its own method; only its type is wanted, see the essay.
@@ -203,6 +202,6 @@ class QerlHfQuantizer(HfQuantizer):
 
 def register() -> None:
     """Register method and config with transformers, unless they are; a reloaded registry is a new one."""
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(METHOD)(QerlNVFP4HfConfig)
-        auto.register_quantizer(METHOD)(QerlHfQuantizer)
+    if OWN_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(OWN_METHOD)(QerlNVFP4HfConfig)
+        auto.register_quantizer(OWN_METHOD)(QerlHfQuantizer)

@@ -108,7 +108,7 @@ def export(
 
 
 def check_target(target: str, **options: Any) -> None:
-    """Refuse an unknown target, version or option before any work starts.
+    """Refuse an unknown target, version, option or value of one before any work starts.
 
     Raises:
         ExportError: lists the known ones.
@@ -127,6 +127,20 @@ def check_target(target: str, **options: Any) -> None:
             raise ExportError(
                 where=f"target {engine!r}", expected=f"its options ({known})", got=name, do=f"Leave {name} out."
             )
-    if options.get("format", "modelopt") not in FORMATS:
-        known = " or ".join(FORMATS)
-        raise ExportError(where="format", expected=known, got=repr(options["format"]), do="Choose one of these.")
+    for name, known in _choices().items():
+        if name in options and options[name] not in known:
+            expected = " or ".join(map(repr, known))
+            raise ExportError(where=name, expected=expected, got=repr(options[name]), do="Choose one of these.")
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    from qerl_compile.exporters.onnx import ADAPTER_MODES, RUNTIMES
+    from qerl_compile.exporters.served_state import BITS, KV_BITS
+
+    return {
+        "format": tuple(FORMATS),
+        "activations": BITS,
+        "kv_cache": KV_BITS,
+        "runtime": tuple(RUNTIMES),
+        "adapter": ADAPTER_MODES,
+    }

@@ -34,9 +34,8 @@ from torch import nn
 from qerl_compile.exporters.served_state import KV_SCALES, ServedState
 from qerl_compile.exporters.serving import Layout, dense_entries, write_checkpoint
 from qerl_compile.exporters.shards import Entry
-
-FORMAT = "nvfp4-pack-quantized"
-QERL_METHOD, QERL_FORMAT_VERSION = "qerl-nvfp4", 1
+from qerl_compile.layouts import OWN_METHOD, OWN_VERSION
+from qerl_compile.layouts.compressed_tensors import FORMAT
 
 
 def export_compressed_tensors(
@@ -111,7 +110,7 @@ def _describe_as_ours(state: ServedState, stage: Path) -> None:
     _describe(state, stage)
     file = stage / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["quantization_config"] |= {"quant_method": QERL_METHOD, "format_version": QERL_FORMAT_VERSION}
+    config["quantization_config"] |= {"quant_method": OWN_METHOD, "format_version": OWN_VERSION}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -128,8 +127,8 @@ COMPRESSED_TENSORS = Layout(
     describe=_describe,
 )
 QERL = Layout(
-    name=QERL_METHOD,
-    shown=f"`{QERL_METHOD}`: the tensors of compressed-tensors `{FORMAT}`",
+    name=OWN_METHOD,
+    shown=f"`{OWN_METHOD}`: the tensors of compressed-tensors `{FORMAT}`",
     direction="divisor",
     label=_label,
     entries=_entries,

@@ -38,8 +38,8 @@ from qerl_compile.exporters.served_state import ServedState
 from qerl_compile.exporters.serving import Layout, dense_entries, write_checkpoint
 from qerl_compile.exporters.shards import Entry
 from qerl_compile.formats.nvfp4 import BLOCK
+from qerl_compile.layouts.modelopt import BESIDE
 
-HF_QUANT_CONFIG = "hf_quant_config.json"
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
@@ -113,7 +113,7 @@ def _describe(state: ServedState, stage: Path) -> None:
     file = stage / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     _write(file, {**config, "quantization_config": flat})
-    _write(stage / HF_QUANT_CONFIG, {"producer": PRODUCER, "quantization": nested})
+    _write(stage / BESIDE, {"producer": PRODUCER, "quantization": nested})
 
 
 def _write(file: Path, value: Any) -> None:

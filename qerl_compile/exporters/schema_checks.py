@@ -5,16 +5,19 @@ section 5, "What each mistake does"). The schema of compressed-tensors is checke
 """
 
 import json
-import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qerl_compile.checkpoint_dir import CheckpointDirectory, TensorEntry
+from qerl_compile.exporters.dense_lists import names_module
 from qerl_compile.exporters.fused_partners import partners
 from qerl_compile.exporters.schemas import CT, MODELOPT, QERL, Accepts, Problem
 from qerl_compile.formats.nvfp4 import BLOCK
+from qerl_compile.layouts import OWN_VERSION
+from qerl_compile.layouts.compressed_tensors import FORMAT
+from qerl_compile.layouts.modelopt import BESIDE
 from qerl_compile.strict_json import parse_json
 
 GARBAGE = "it computes with wrong weights, silently"
@@ -46,6 +49,9 @@ def config_problems(config: Mapping[str, Any], rows: Sequence[Accepts], *, where
         methods = " or ".join(dict.fromkeys(row.method for row in rows))
         do = f"Export it for {rows[0].engine}."
         return [Problem(f"{where}.quant_method", f"{methods}, for {rows[0].engine}", repr(method), do, REFUSED)]
+    found = list(_malformed(config, where))
+    if found:
+        return found
     found = list(_modelopt_keys(config, where) if method == MODELOPT else _compressed_tensors_keys(config, mine, where))
     scheme, known = scheme_of(config), {scheme for row in mine for scheme in row.schemes}
     if not found and scheme not in known:
@@ -82,6 +88,17 @@ def directory_problems(checkpoint: CheckpointDirectory, rows: Sequence[Accepts])
     return found
 
 
+def _malformed(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """What the other questions cannot look into, such as a group that names a preset of compressed-tensors."""
+    groups, cache, do = config.get("config_groups"), config.get("kv_cache_scheme"), "Export it again."
+    mappings = isinstance(groups, Mapping) and all(isinstance(each, Mapping) for each in groups.values())
+    if not mappings if groups else config.get("quant_method") != MODELOPT:
+        expected = "one group or more that describes weights"
+        yield Problem(f"{where}.config_groups", expected, repr(groups), do, REFUSED)
+    if cache is not None and not isinstance(cache, Mapping):
+        yield Problem(f"{where}.kv_cache_scheme", "a description of the cache", repr(cache), do, REFUSED)
+
+
 def _compressed_tensors_keys(config: Mapping[str, Any], rows: Sequence[Accepts], where: str) -> Iterator[Problem]:
     from compressed_tensors.quantization import QuantizationConfig
     from pydantic import ValidationError
@@ -96,8 +113,8 @@ def _compressed_tensors_keys(config: Mapping[str, Any], rows: Sequence[Accepts],
         at = ".".join(map(str, first["loc"]))
         yield Problem(f"{where}.{at}", "what compressed-tensors' schema allows", first["msg"], do, REFUSED)
         return
-    if read.format != "nvfp4-pack-quantized":
-        yield Problem(f"{where}.format", "'nvfp4-pack-quantized'", repr(read.format), do, REFUSED)
+    if read.format != FORMAT:
+        yield Problem(f"{where}.format", repr(FORMAT), repr(read.format), do, REFUSED)
     if read.quantization_status != "compressed" and any(row.strict for row in rows):
         yield Problem(
             f"{where}.quantization_status", "'compressed'", repr(read.quantization_status.value), do, UNINITIALISED
@@ -118,8 +135,8 @@ def _compressed_tensors_keys(config: Mapping[str, Any], rows: Sequence[Accepts],
     for key, value in wanted.items() if cache else ():
         if cache.get(key) != value:
             yield Problem(f"{where}.kv_cache_scheme.{key}", repr(value), repr(cache.get(key)), do, REFUSED)
-    if config.get("quant_method") == QERL and config.get("format_version") != 1:
-        yield Problem(f"{where}.format_version", "1", repr(config.get("format_version")), do, REFUSED)
+    if config.get("quant_method") == QERL and config.get("format_version") != OWN_VERSION:
+        yield Problem(f"{where}.format_version", str(OWN_VERSION), repr(config.get("format_version")), do, REFUSED)
 
 
 def _modelopt_keys(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
@@ -137,7 +154,7 @@ def _modelopt_keys(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
 
 
 def _nested_config(checkpoint: CheckpointDirectory, flat: Mapping[str, Any]) -> Iterator[Problem]:
-    file, do = checkpoint.root / "hf_quant_config.json", "Export it again."
+    file, do = checkpoint.root / BESIDE, "Export it again."
     if not file.is_file():
         yield Problem(str(file), "a file, which TensorRT-LLM takes for the truth", "none", do, REFUSED)
         return
@@ -206,9 +223,13 @@ def _ignored(
     `lm_head`, tied or not.
     """
     ignored, key = list(config.get("ignore") or ()), f"{where}.ignore"
-    do = "Export it again."
+    wildcards, do = config["quant_method"] == MODELOPT, "Export it again."
+
+    def named(path: str) -> bool:
+        return any(names_module(entry, path, wildcards=wildcards) for entry in ignored)
+
     for path in linears:
-        if _matches(path, ignored):
+        if named(path):
             yield Problem(key, "dense modules only", f"{path}, which is packed", do, GARBAGE)
         elif any(row.excludes_substrings for row in rows):
             inside = [name for name in ignored if name in path]
@@ -222,12 +243,8 @@ def _ignored(
     if checkpoint.config.get("tie_word_embeddings") and any(row.strict for row in rows):
         expected_listed.append("lm_head")
     for path in dict.fromkeys(expected_listed):
-        if not _matches(path, ignored):
+        if not named(path):
             yield Problem(key, "every linear that stays dense", f"no {path}", do, UNINITIALISED)
-
-
-def _matches(path: str, ignored: Sequence[str]) -> bool:
-    return any(re.match(name[3:], path) if name.startswith("re:") else name == path for name in ignored)
 
 
 def _partners(checkpoint: CheckpointDirectory, linears: Sequence[str], names: _Names) -> Iterator[Problem]:

@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 from qerl_compile.checkpoint_dir import open_checkpoint
 from qerl_compile.errors import ExportError
+from qerl_compile.layouts import OWN_METHOD
 
-CT, MODELOPT, QERL = "compressed-tensors", "modelopt", "qerl-nvfp4"
+CT, MODELOPT, QERL = "compressed-tensors", "modelopt", OWN_METHOD
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ USAGE: Mapping[str, str] = {
     "M.from_pretrained('THIS_DIRECTORY')\"",
 }
 
+WITH_ADAPTER: Mapping[str, str] = {
+    "vllm": "--enable-lora --lora-modules NAME=ADAPTER_DIRECTORY",
+    "sglang": "--lora-paths NAME=ADAPTER_DIRECTORY",
+}
+
 
 def served_card(
     model: nn.Module,
@@ -48,9 +53,10 @@ def served_card(
     activations = "in 4 bits, with calibrated input scales" if state.input_scales else "in 16 bits"
     cache = "in FP8, with calibrated scales" if state.kv_scales else "in 16 bits"
     adapters, norms = adapters_of(model), trained_norms_of(model)
+    engine = target.partition("==")[0]
+    beside = f" and served with `{WITH_ADAPTER[engine]}`" if engine in WITH_ADAPTER else ""
     adapter = (
-        f"not included: LoRA factors of {len(adapters)} modules are exported separately (target `peft`) "
-        "and served with `--enable-lora --lora-modules NAME=ADAPTER_DIRECTORY`"
+        f"not included: LoRA factors of {len(adapters)} modules are exported separately (target `peft`){beside}"
         if adapters
         else "none"
     )
@@ -68,7 +74,7 @@ def served_card(
             "Adapter": adapter,
             **({"Norms": f"{len(norms)} were trained beside the adapter; {trained}"} if norms else {}),
         },
-        usage=USAGE[target.partition("==")[0]],
+        usage=USAGE[engine],
         base_name=base,
         relation="quantized",
         library="Model Optimizer" if method == "modelopt" else "transformers",

@@ -16,6 +16,7 @@ compute anyway. The same goes for the cache.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -88,10 +89,15 @@ def write_checkpoint(
 
     Raises:
         ExportError: nothing is packed, fused partners disagree, NaN or Inf, scales that are missing, stacked experts,
-            an engine that does not accept the result, or `out_dir` exists.
+            an engine that does not accept the result, a shard size that is no number of bytes, or `out_dir` exists.
     """
     refuse_existing(out_dir)
     split_target(target)
+    if not 1 <= shard_size_bytes < math.inf:
+        do = "Give a number, such as 5e9; each shard holds one tensor at least."
+        raise ExportError(
+            where="shard_size_bytes", expected="a finite number of at least 1", got=repr(shard_size_bytes), do=do
+        )
     if layout.for_engines:
         _refuse_stacked_experts(model)
     state = served_state(model, norms_in_base=norms_in_base, activations=activations, kv_cache=kv_cache)

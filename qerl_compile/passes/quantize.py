@@ -46,6 +46,8 @@ GLOBAL_SCALES: dict[Direction, str] = {"divisor": "weight_global_scale", "multip
 """Where a packed module holds the scalar of its matrix; it has exactly one of the two."""
 INPUT_SCALES: dict[Direction, str] = {"divisor": "input_global_scale", "multiplier": "input_scale"}
 """Where it holds the calibrated scale of its input, if it has one."""
+CACHE_SCALES = ("k_scale", "v_scale")
+"""Where an attention module holds calibrated scales of its keys and values, if it has any: multipliers."""
 
 
 @dataclass(frozen=True)

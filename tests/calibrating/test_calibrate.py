@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import qerl_compile
 from qerl_compile.calibrating import calibrate
-from qerl_compile.errors import ModelError, RecipeError, TaskError
+from qerl_compile.errors import CheckpointError, FormatError, ModelError, NotFiniteError, RecipeError, TaskError
 from qerl_compile.formats.nvfp4 import dequantize, divisor_of, unpack
 from qerl_compile.passes.quantize import packed_of
 from tests.models import tiny_model
@@ -165,3 +165,53 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(tmp_path):
     qerl_compile.export(packed, tmp_path / "packed", target="vllm")
     with pytest.raises(ModelError, match="a packed one, whose full weights are gone"):
         calibrate(tmp_path / "packed", recipe(), TEXTS, tokenizer=TOKENIZER)
+
+
+def test_a_model_from_a_directory_comes_for_inference_and_code_files_can_be_allowed(tmp_path):
+    tiny("llama", layers=1).save_pretrained(tmp_path)
+    (tmp_path / "modeling_tiny.py").write_text("never run\n")
+    options = {"tokenizer": TOKENIZER, "inner": "eager", "device": "cpu"}
+    with pytest.raises(CheckpointError, match="modeling_tiny"):
+        calibrate(tmp_path, recipe(), TEXTS, **options)
+    model = calibrate(tmp_path, recipe(), TEXTS, trust_remote_code=True, **options)
+    assert not any(module.training for module in model.modules())
+    in_memory = calibrated(tiny("llama", layers=1).train(), recipe())
+    assert in_memory.training
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_activations_that_overflow_are_an_error_that_names_the_layer(rounding):
+    model = tiny("llama", layers=2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+        model.model.layers[1].mlp.gate_proj.weight.mul_(1e30)
+    with pytest.raises(NotFiniteError, match=r"layers\.1.*expected finite inputs on the sample text"):
+        calibrated(model, recipe(rounding=rounding))
+
+
+def test_trained_weights_are_looked_at_before_any_work_and_their_inputs_are_not_measured():
+    model = tiny("llama", layers=1)
+    trained = {**recipe(kv_cache="fp8"), "quantize": [{"match": LINEARS, "weights": "trained"}]}
+    with pytest.raises(RecipeError, match=r"calibration\.activations: expected packed weights"):
+        calibrated(model, {**trained, "calibration": {"activations": True}})
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[2, 3] = torch.nan
+    with pytest.raises(FormatError, match=r"up_proj: expected finite weights"):
+        calibrated(model, trained)
+
+
+def test_trained_weights_with_cache_scales_are_saved_without_them_and_exported_with_them(tmp_path):
+    rules = {**recipe(kv_cache="fp8"), "quantize": [{"match": LINEARS, "weights": "trained"}]}
+    model = calibrated(tiny("llama", layers=1), rules)
+    model.save_pretrained(tmp_path / "dense")
+    again = qerl_compile.load(tmp_path / "dense", inner="eager", device="cpu")
+    assert set(model.state_dict()) - set(again.state_dict()) == {
+        f"model.layers.0.self_attn.{leaf}" for leaf in ("k_scale", "v_scale")
+    }
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    qerl_compile.export(model, tmp_path / "served", target="vllm", kv_cache="8")
+    served = qerl_compile.load(tmp_path / "served", inner="eager", device="cpu")
+    assert served.model.layers[0].self_attn.k_scale.item() == pytest.approx(
+        model.model.layers[0].self_attn.k_scale.item(), rel=1e-2
+    )

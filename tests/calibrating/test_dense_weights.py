@@ -59,6 +59,13 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_refused_before_reading(
         opened(root)
 
 
+def test_a_tensor_of_another_format_is_refused_before_reading(saved):
+    _, root = saved
+    change(root, lambda tensors: tensors.update({NAME: tensors[NAME].to(torch.float8_e4m3fn)}))
+    with pytest.raises(CheckpointError, match=rf"{NAME}'?: expected dtype BF16 or .*; got F8_E4M3"):
+        opened(root)
+
+
 def test_a_nan_is_found_when_its_layer_is_read(saved):
     _, root = saved
     change(root, lambda tensors: tensors[NAME][3, 4].fill_(torch.nan))

@@ -67,6 +67,10 @@ def test_a_format_that_the_target_does_not_have_is_refused_before_the_model_is_l
     assert "got neither" in refusal("export", missing, "--target", "vllm", "--keep-failing", "-o", out)
     budget = ("--verify", "--budget", "sqnr=1")
     assert "merge_kl" in refusal("export", missing, "--target", "vllm", *budget, "-o", out)
+    assert "got onnx" in refusal("export", missing, "--target", "onnx", "--verify", "-o", out)
+    assert "got 'both'" in refusal("export", missing, "--target", "vllm", "--merge", "both", "-o", out)
+    assert "got '5'" in refusal("export", missing, "--target", "vllm", "--activations", "5", "-o", out)
+    assert "got base" in refusal("export", missing, "--target", "peft", "--verify", "--base", "x", "-o", out)
 
 
 def test_a_packed_base_is_exported_for_tensorrt_llm_and_measured_on_the_way(packed, world, tmp_path):

@@ -163,6 +163,7 @@ def _copy(packed: Path, out: Path, change) -> Path:
     return out
 
 
+EMBEDDING = "model.embed_tokens.weight"
 BLOCKS = "model.layers.1.mlp.up_proj.weight_scale"
 
 
@@ -175,6 +176,10 @@ BLOCKS = "model.layers.1.mlp.up_proj.weight_scale"
         pytest.param(lambda t: t["model.norm.weight"].fill_(torch.nan), "finite numbers", id="NaN in a norm"),
         pytest.param(lambda t: t[BLOCKS].view(torch.uint8).fill_(0x7F), "NaN in", id="NaN in block scales"),
         pytest.param(lambda t: t.update({"x.weight": torch.ones(1)}), "1 extra: 'x.weight'", id="a tensor too many"),
+        pytest.param(lambda t: t.update({"x.k_scale": torch.ones(1)}), "1 extra: 'x.k_scale'", id="a cache of nothing"),
+        pytest.param(
+            lambda t: t.update({EMBEDDING: t[EMBEDDING].to(torch.float8_e4m3fn)}), "got F8_E4M3", id="8-bit embedding"
+        ),
     ],
 )
 def test_what_load_refuses_is_refused_here(change, message, directories, tmp_path):
@@ -222,6 +227,9 @@ for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPI
     del mapping["qerl-nvfp4"]
 del sys.modules["qerl_compile"]  # as if transformers had been there first
 import qerl_compile
+assert registered()
+importlib.reload(qerl_compile)
+importlib.reload(auto)  # found by one opener; two would ask each other for ever
 assert registered()
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

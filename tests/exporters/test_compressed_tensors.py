@@ -12,6 +12,8 @@ from qerl_compile.errors import ExportError
 from qerl_compile.exporters import export
 from qerl_compile.exporters.compressed_tensors import export_compressed_tensors
 from qerl_compile.formats.nvfp4 import PackedNVFP4, dequantize, quantize
+from qerl_compile.transforming import transform
+from tests.models import tiny_model
 
 
 def reload(directory):
@@ -304,3 +306,20 @@ def test_an_untied_head_that_equals_nothing_else_is_written_even_when_quantized(
     _, info = reload(tmp_path / "out")
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("size", [0, -1, float("inf"), float("nan")])
+def test_a_shard_size_that_is_no_number_of_bytes_is_refused_before_anything_is_written(size, state, tmp_path):
+    model = state.tiny_model("llama")
+    state.pack(model)
+    with pytest.raises(ExportError, match="shard_size_bytes: expected a finite number of at least 1"):
+        export_compressed_tensors(model, tmp_path / "out", shard_size_bytes=size)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("target", "flag"), [("vllm", "--lora-modules"), ("sglang", "--lora-paths")])
+def test_a_card_tells_each_engine_how_it_takes_the_adapter(target, flag, tmp_path):
+    model = transform(tiny_model("llama"), "nvfp4-lora", inner="eager")
+    export_compressed_tensors(model, tmp_path / "out", target=target)
+    card = (tmp_path / "out/README.md").read_text()
+    assert [word for word in ("--lora-modules", "--lora-paths") if word in card] == [flag]

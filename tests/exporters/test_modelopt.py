@@ -291,7 +291,7 @@ def tiny_multiplier(model):
     [
         (
             uncalibrate,
-            r"layers\.1\.mlp\.down_proj: expected a calibrated input scale .* got none on 1 of 14.* calibrate",
+            r"layers\.1\.mlp\.down_proj: expected a calibrated input scale .* got none on 1 of 14.* Calibrate it",
         ),
         (quarrel, r"layers\.0\.self_attn: expected one input scale for linears that engines fuse; got .*k_proj"),
         (no_v_scale, r"layers\.1\.self_attn\.v_scale: expected a positive float32 .* got 0\.0"),
@@ -316,10 +316,10 @@ def test_scales_that_are_missing_or_disagree_are_refused_before_anything_is_writ
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "vllm", "format": "gguf"}, r"format: expected compressed-tensors or modelopt; got 'gguf'"),
+        ({"target": "vllm", "format": "gguf"}, r"format: expected 'compressed-tensors' or 'modelopt'; got 'gguf'"),
         ({"target": "tensorrt-llm", "format": "modelopt"}, r"'tensorrt-llm': expected its options .*; got format"),
         ({"target": "peft", "activations": "4"}, r"'peft': expected its options \(none\); got activations"),
-        ({"target": "vllm", "activations": "8"}, r"activations: expected '16' or '4' \(bits\); got '8'"),
+        ({"target": "vllm", "activations": "8"}, r"activations: expected '16' or '4'; got '8'"),
         ({"target": "vllm==0.1"}, r"'vllm==0\.1': expected a version of vllm .*: 0\.33\.0; got '0\.1'"),
         ({"target": "vllm", "activations": "4"}, r"q_proj: expected a calibrated input scale .* got none on 14 of 14"),
         ({"target": "vllm", "kv_cache": "8"}, r"expected calibrated k_scale and v_scale .* got none on 2 of 2"),

@@ -179,6 +179,12 @@ CONFIGS = [
     ("modelopt", lambda q: q.pop("ignore"), "vllm", "ignore", "refuses"),
     ("modelopt4", lambda q: q.pop("kv_cache_scheme"), "tensorrt-llm", "kv_cache_quant_algo", "wrong weights"),
     ("ours", lambda q: q.update(format_version=2), "transformers", "format_version", "refuses"),
+    ("ct", lambda q: q.update(config_groups={}), "vllm", "config_groups", "refuses"),
+    ("ct", lambda q: q.update(config_groups={"NVFP4A16": ["Linear"]}), "vllm", "config_groups", "refuses"),
+    ("ct", lambda q: q.update(ignore=["re:("]), "transformers", "ignore", "uninitialised"),
+    ("ct", lambda q: q.update(ignore=["re:(.*a)*(.*b)*(.*c)*d"]), "transformers", "ignore", "uninitialised"),
+    ("modelopt", lambda q: q.update(kv_cache_scheme="FP8"), "vllm", "kv_cache_scheme", "refuses"),
+    ("modelopt", lambda q: q.update(ignore=["*.q_proj", "lm_head"]), "sglang", "ignore", "wrong weights"),
 ]
 
 

@@ -273,6 +273,16 @@ def test_a_merge_over_budget_is_not_published_but_its_page_is(model, options, tm
     assert "Over budget." in (tmp_path / "out.quality.html").read_text()
 
 
+def test_the_page_of_an_attempt_that_failed_overwrites_nothing(model, options, tmp_path):
+    (tmp_path / "out.quality.html").write_text("an earlier page")
+    (tmp_path / "out.quality.2.html").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OverBudgetError):
+        export_verified(model, tmp_path / "out", merge="dequantized", budgets=Budgets(merge_kl=0.0), **options)
+    assert (tmp_path / "out.quality.html").read_text() == "an earlier page"
+    assert not (tmp_path / "elsewhere").exists()
+    assert "Over budget." in (tmp_path / "out.quality.3.html").read_text()
+
+
 def damaged(directory, change):
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
@@ -301,7 +311,7 @@ def test_damage_is_found_by_bits_and_by_decibels(model, options, tmp_path):
 
 
 def test_an_adapter_is_verified_by_its_tensors(model, options, tmp_path):
-    found = export_verified(model, tmp_path / "adapter", **{**options, "target": "peft"})
+    found = export_verified(model, tmp_path / "adapter", **{**options, "target": "peft", "texts": None})
     assert found.passed
     assert "## Quality: within all budgets" in (tmp_path / "adapter/README.md").read_text()
     file = tmp_path / "adapter/adapter_model.safetensors"
@@ -340,12 +350,26 @@ def test_a_base_that_is_gone_is_noted_and_one_that_was_named_is_refused(model, b
         ({"merge": "both"}, "merge: expected one of dequantized, bf16-master, nvfp4; got 'both'"),
         ({"merge": "nvfp4", "target": "peft"}, "target peft, which is the adapter alone"),
         ({"merge": "dequantized", "activations": "16"}, "got options activations"),
+        ({"target": "peft"}, "got texts"),
+        ({"target": "peft", "texts": None, "budgets": Budgets()}, "got budgets"),
+        ({"activations": "8"}, "activations: expected '16' or '4'; got '8'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(changes, message, model, options, tmp_path):
     with pytest.raises(ExportError, match=message):
         export_verified(model, tmp_path / "out", **{**options, **changes})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{"base": "gone"}, {"texts": [""]}])
+def test_a_base_or_a_text_of_no_use_is_refused_before_the_export_starts(changes, model, options, tmp_path, monkeypatch):
+    def started(*_, **__):
+        raise AssertionError("the export started")
+
+    monkeypatch.setattr("qerl_compile.exporters.verify.publish.export", started)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError):
+        export_verified(model, tmp_path / "out", **{**options, **changes})
 
 
 def test_a_page_is_one_file_without_scripts():

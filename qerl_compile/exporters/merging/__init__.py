@@ -8,7 +8,16 @@ requantized.py  nvfp4: the model holds merged codes for as long as an exporter r
 
 from qerl_compile.exporters.merging.dense import DenseMerge, write_dense
 from qerl_compile.exporters.merging.master import Master
-from qerl_compile.exporters.merging.modes import MODES, check_merge, master_directory
+from qerl_compile.exporters.merging.modes import MODES, check_merge, check_mode, master_directory
 from qerl_compile.exporters.merging.requantized import requantized
 
-__all__ = ["MODES", "DenseMerge", "Master", "check_merge", "master_directory", "requantized", "write_dense"]
+__all__ = [
+    "MODES",
+    "DenseMerge",
+    "Master",
+    "check_merge",
+    "check_mode",
+    "master_directory",
+    "requantized",
+    "write_dense",
+]

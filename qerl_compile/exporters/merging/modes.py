@@ -36,9 +36,7 @@ def check_merge(model: nn.Module, mode: str) -> None:
         ExportError: an unknown mode; no adapter, one with NaN or Inf, or one that is switched off; an adapter on an
             output head that is tied to the embedding.
     """
-    if mode not in MODES:
-        known = ", ".join(MODES)
-        raise ExportError(where="merge", expected=f"one of {known}", got=repr(mode), do="Choose one of these.")
+    check_mode(mode)
     adapter_tensors(model)  # refuses a model without an adapter, and NaN or Inf in it
     if adapters_are_off(model):
         raise ExportError(
@@ -56,6 +54,17 @@ def check_merge(model: nn.Module, mode: str) -> None:
                 got=f"one on the weight that is tied to {name}, which a merge would change too",
                 do="Export the adapter by itself (target peft), or train without one on this module.",
             )
+
+
+def check_mode(mode: str) -> None:
+    """Refuse an unknown mode.
+
+    Raises:
+        ExportError: lists the known ones.
+    """
+    if mode not in MODES:
+        known = ", ".join(MODES)
+        raise ExportError(where="merge", expected=f"one of {known}", got=repr(mode), do="Choose one of these.")
 
 
 def tied_name(model: nn.Module, path: str) -> str | None:

@@ -11,8 +11,8 @@ publish.py        export, verify, and publish what passes
 """
 
 from qerl_compile.exporters.verify.budgets import Budgets
-from qerl_compile.exporters.verify.publish import export_verified
+from qerl_compile.exporters.verify.publish import check_verified, export_verified
 from qerl_compile.exporters.verify.verification import Check, OverBudgetError, Verification
 from qerl_compile.exporters.verify.verifying import verify
 
-__all__ = ["Budgets", "Check", "OverBudgetError", "Verification", "export_verified", "verify"]
+__all__ = ["Budgets", "Check", "OverBudgetError", "Verification", "check_verified", "export_verified", "verify"]

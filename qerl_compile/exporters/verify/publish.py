@@ -6,13 +6,15 @@
     publish          the directory gets its name, or, over budget, never does
 
 An export that fails is not published: a directory that exists will be served by somebody. Its page is kept beside the
-place where it would have been, as `NAME.quality.html`, so that one can see why. `keep_failing` publishes it
-nonetheless, with the verdict on its card. A budget is a number, and raising it is the other way to accept an export.
+place where it would have been, as `NAME.quality.html`, so that one can see why; if that name is taken, by the page of
+an earlier attempt, as `NAME.quality.2.html` and so on. `keep_failing` publishes it nonetheless, with the verdict on its
+card. A budget is a number, and raising it is the other way to accept an export.
 
 A merge is always measured; exporting without one is measured when `export_verified` is called rather than `export`.
 """
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -27,16 +29,18 @@ from qerl_compile.exporters.merging import (
     DenseMerge,
     Master,
     check_merge,
+    check_mode,
     master_directory,
     requantized,
     write_dense,
 )
 from qerl_compile.exporters.verify.budgets import Budgets
 from qerl_compile.exporters.verify.card_section import quality_section
+from qerl_compile.exporters.verify.logits import MAX_TOKENS
 from qerl_compile.exporters.verify.page import PAGE, render
 from qerl_compile.exporters.verify.verification import Verification
 from qerl_compile.exporters.verify.verifying import DENSE_MERGES, verify
-from qerl_compile.perplexity import WINDOW
+from qerl_compile.perplexity import WINDOW, sample_texts, token_windows
 from qerl_compile.staged_write import refuse_existing, staged_directory
 
 
@@ -83,15 +87,21 @@ def export_verified(
         ExportError, CheckpointError: it cannot be exported or merged so, or cannot be read back.
     """
     refuse_existing(out_dir)
-    _check(model, target, merge, options)
+    check_verified(target, merge, options, base=base, texts=texts, budgets=budgets)
+    if merge:
+        check_merge(model, merge)
+    needs_base = base is not None or merge == "bf16-master"
+    master = Master(master_directory(model, base), model) if needs_base else None
+    if target != "peft":  # texts without a token to predict
+        token_windows(tokenizer, sample_texts() if texts is None else texts, window=window, max_tokens=MAX_TOKENS)
     limits = budgets or Budgets()
     final = Path(out_dir).absolute()
     with staged_directory(final) as stage:
         inner = stage / "export"
         if merge in DENSE_MERGES:
-            master = Master(master_directory(model, base), model) if merge == "bf16-master" else None
             inner.mkdir()
-            write_dense(DenseMerge(model, master), inner, mode=merge, tokenizer=tokenizer, base_name=base_name)
+            weights = DenseMerge(model, master if merge == "bf16-master" else None)
+            write_dense(weights, inner, mode=merge, tokenizer=tokenizer, base_name=base_name)
         else:
             context = requantized(model) if merge else contextlib.nullcontext()
             with context:
@@ -118,7 +128,7 @@ def export_verified(
         title = f"Quality of {final.name}, from {shown_base(provenance(model, base_name)[0]) or type(model).__name__}"
         page = render(found, title)
         if not found.passed and not keep_failing:
-            final.with_name(f"{final.name}.quality.html").write_text(page, encoding="utf-8")
+            _write_page(final, page)
             found.refuse(str(out_dir))
         (inner / PAGE).write_text(page, encoding="utf-8")
         add_quality(inner, quality_section(found, page=PAGE))
@@ -128,19 +138,39 @@ def export_verified(
     return found
 
 
-def _check(model: nn.Module, target: str, merge: str, options: Mapping[str, Any]) -> None:
+def check_verified(
+    target: str,
+    merge: str,
+    options: Mapping[str, Any],
+    *,
+    base: str | PathLike[str] | None = None,
+    texts: Sequence[str] | None = None,
+    budgets: Budgets | None = None,
+) -> None:
+    """Refuse what no model can be exported or measured with, before one is loaded.
+
+    Args:
+        target: as `export_verified`, and so are the others.
+        merge: "" for none.
+        options: of the target.
+        base: of no use to an adapter, whose tensors alone are compared.
+        texts: likewise.
+        budgets: likewise.
+
+    Raises:
+        ExportError: an unknown target, option or mode, two that exclude each other, or one that would do nothing.
+    """
     check_target(target, **options)
+    if merge:
+        check_mode(merge)
     if target == "onnx":
         raise ExportError(
             where="target onnx",
             expected="a target whose directory qerl_compile.load reads",
             got="onnx",
-            do="Use export(..., target='onnx').",
+            do="Export it without --verify and --merge.",
         )
-    if not merge:
-        return
-    check_merge(model, merge)
-    if target == "peft" or (merge in DENSE_MERGES and options):
+    if merge and (target == "peft" or (merge in DENSE_MERGES and options)):
         got = "target peft, which is the adapter alone" if target == "peft" else f"options {', '.join(options)}"
         raise ExportError(
             where=f"merge {merge}",
@@ -148,3 +178,23 @@ def _check(model: nn.Module, target: str, merge: str, options: Mapping[str, Any]
             got=got,
             do="Leave out one of the two.",
         )
+    given = {"base": base, "texts": texts, "budgets": budgets}
+    idle = [name for name, value in given.items() if value is not None]
+    if target == "peft" and idle:
+        raise ExportError(
+            where="target peft",
+            expected="no base, texts or budgets, since an adapter is verified by its tensors alone",
+            got=", ".join(idle),
+            do=f"Leave {idle[0]} out.",
+        )
+
+
+def _write_page(final: Path, page: str) -> None:
+    for number in itertools.count(1):
+        name = f"{final.name}.quality.html" if number == 1 else f"{final.name}.quality.{number}.html"
+        try:
+            with final.with_name(name).open("x", encoding="utf-8") as file:  # "x" follows no link either
+                file.write(page)
+        except FileExistsError:
+            continue
+        return
