@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
-# Dynamo makes objects by the million that live on, and looking through all of them costs more the longer a process runs:
+# Dynamo makes objects by the million that live on, and looking through them costs more the longer a process runs:
 # 5.5 of 44 s in tests/test_noise_acts.py alone, 1.3 s with these.
 gc.set_threshold(50_000, 20, 50)
 
