@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+collect_ignore_glob = [] if torch.cuda.is_available() else ["*_gpu.py"]  # not collected, rather than passed or skipped
 
 # Dynamo makes objects by the million that live on, and looking through them costs more the longer a process runs:
 # 5.5 of 44 s in tests/test_noise_acts.py alone, 1.3 s with these.
