@@ -1,5 +1,10 @@
-"""Tiny models for tests: four families, random weights, norms away from 1 so that a wrong norm shows."""
+"""Tiny models for tests: four families, random weights, norms away from 1 so that a wrong norm shows.
 
+Every family is in the logits, greedy, golden and export tests. Slow tests whose subject is something else take
+`SOME_FAMILIES`, and fewer cases unless `LONG`; `QERL_LONG=1 pytest` runs all of them (CI has 15 minutes on two cores).
+"""
+
+import os
 from typing import Any
 
 import torch
@@ -17,6 +22,8 @@ SIZES = {
     "pad_token_id": 0,
 }
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+LONG = bool(os.environ.get("QERL_LONG"))
+SOME_FAMILIES = FAMILIES if LONG else ("llama", "gemma3")
 
 
 def tiny_model(

@@ -10,7 +10,7 @@ from qerl_compile.loading import load
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
 from qerl_compile.transforming import resample_noise, transform
-from tests.models import FAMILIES, dequantized_oracle, tiny_model
+from tests.models import FAMILIES, SOME_FAMILIES, dequantized_oracle, tiny_model
 
 TOKENS_BT = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(0))
 
@@ -22,8 +22,10 @@ def transformed(family="llama", recipe="qerl-nvfp4-aqn", inner="eager", **option
     return transform(model, recipe, inner=inner), oracle
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "family, inner",
+    [*((family, "eager") for family in FAMILIES), *((family, "aot_eager") for family in SOME_FAMILIES[:1])],
+)
 def test_logits_equal_the_dequantized_model(family, inner):
     model, oracle = transformed(family, inner=inner)
     got = model(input_ids=TOKENS_BT, use_cache=False).logits
@@ -38,8 +40,9 @@ def test_logits_equal_the_dequantized_model_under_inductor():
     assert (got - oracle(input_ids=TOKENS_BT, use_cache=False).logits).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize(
+    "family, cache", [*((family, None) for family in FAMILIES), *((family, "static") for family in SOME_FAMILIES[1:])]
+)
 def test_generate_gives_the_oracles_tokens(family, cache):
     model, oracle = transformed(family)
     options = {"max_new_tokens": 7, "do_sample": False, "cache_implementation": cache}
@@ -54,7 +57,7 @@ def test_generate_with_left_padding_gives_the_oracles_tokens():
     assert torch.equal(model.generate(TOKENS_BT, **options), oracle.generate(TOKENS_BT, **options))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", SOME_FAMILIES[1:])
 def test_whole_graph_decode_gives_the_oracles_tokens(family):
     model = tiny_model(family)
     oracle = dequantized_oracle(model, make_plan(model, Recipe.named("nvfp4-lora")))
@@ -126,14 +129,14 @@ def test_adapter_gradients_equal_those_of_the_dense_formula():
     torch.testing.assert_close(site.lora_B.grad, b_NR.grad, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("family, sites", [("llama", 4), ("qwen2", 4), ("qwen3", 4), ("gemma3", 4)])
-def test_noise_is_on_two_norms_per_layer_and_is_removed_bit_for_bit(family, sites):
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_noise_is_on_two_norms_per_layer_and_is_removed_bit_for_bit(family):
     model, _ = transformed(family, dtype=torch.bfloat16)
     clean = model(input_ids=TOKENS_BT, use_cache=False).logits
     count, rms = resample_noise(model, 5e-4, torch.Generator().manual_seed(1))
-    assert (count, round(rms / 5e-4, 1)) == (sites, 1.0)
+    assert (count, round(rms / 5e-4, 1)) == (4, 1.0)
     assert not torch.equal(model(input_ids=TOKENS_BT, use_cache=False).logits, clean)
-    assert resample_noise(model, 0.0) == (sites, 0.0)
+    assert resample_noise(model, 0.0) == (4, 0.0)
     assert torch.equal(model(input_ids=TOKENS_BT, use_cache=False).logits, clean)
 
 

@@ -12,7 +12,7 @@ from qerl_compile.calibrating import calibrate
 from qerl_compile.errors import CheckpointError, FormatError, ModelError, NotFiniteError, RecipeError, TaskError
 from qerl_compile.formats.nvfp4 import dequantize, divisor_of, unpack
 from qerl_compile.passes.quantize import packed_of
-from tests.models import tiny_model
+from tests.models import SOME_FAMILIES, tiny_model
 from tests.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -65,7 +65,7 @@ def test_without_anything_to_measure_the_bytes_are_those_of_transform():
         assert torch.equal(ours.state_dict()[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", SOME_FAMILIES[1:])
 def test_everything_at_once(family, tmp_path):
     """AWQ, GPTQ, searched scales, input and cache scales, from memory and layer by layer from a checkpoint."""
     model = tiny(family)

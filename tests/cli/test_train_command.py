@@ -9,6 +9,7 @@ import yaml
 from qerl_compile.rl.metrics import read_metrics
 from qerl_compile.rl.trainer import Trainer
 from tests.cli.conftest import command, next_command, refusal, succeed, tiny
+from tests.models import LONG
 
 
 def train(world, out, *words, reward="low", **changes):
@@ -136,7 +137,7 @@ def adapter_bytes(run):
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, 2] if LONG else [2])
 def test_a_run_that_was_stopped_goes_on_bit_by_bit_and_its_report_of_the_start_stays(world, tmp_path, monkeypatch, at):
     settings = {"train__steps": 4, "train__eval_every": 0, "train__checkpoint_every": 3}
     whole, parts = tmp_path / "whole", tmp_path / "parts"

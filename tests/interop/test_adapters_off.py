@@ -10,7 +10,7 @@ from qerl_compile.adapters_off import adapters_are_off, adapters_off, learned_pa
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl.rollout import PagedSampler, Sampling
 from qerl_compile.transforming import transform
-from tests.models import FAMILIES, tiny_model
+from tests.models import SOME_FAMILIES, tiny_model
 
 TOKENS_BT = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(0))
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12)]
@@ -48,7 +48,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_inside_is_the_packed_base_bit_for_bit_and_after_it_all_is_as_before(family, dtype):
     model, base = pair(family, dtype=dtype)
     before, learned = bits(model), logits(model)

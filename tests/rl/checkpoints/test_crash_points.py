@@ -1,5 +1,6 @@
 """A save that is stopped at any of its file operations leaves the old newest checkpoint or the new one, complete."""
 
+import itertools
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ import torch
 
 from qerl_compile.errors import ExportError
 from qerl_compile.rl.checkpoints import latest, restore, save
+from tests.models import LONG
 from tests.rl.checkpoints.crashing import BROKEN, NOT_REACHED, REACHED, REFUSED, run_to_crash
 from tests.rl.checkpoints.killing import ended, forked
 from tests.rl.checkpoints.world import Toy, adamw, one_step, progress, same, seed_all, state_of, who
@@ -68,8 +70,13 @@ def set_generators(state):
 
 
 @pytest.mark.timeout(900)  # some 400 processes on a shared machine
-@pytest.mark.parametrize("kill", [True, False], ids=["killed", "failing"])
-@pytest.mark.parametrize("before", [first, next_one, in_place_of_a_damaged_one])
+@pytest.mark.parametrize(
+    "before, kill",
+    list(itertools.product([first, next_one, in_place_of_a_damaged_one], [True, False]))
+    if LONG
+    else [(first, True), (in_place_of_a_damaged_one, False)],
+    ids=lambda value: {True: "killed", False: "failing"}.get(value) if isinstance(value, bool) else value.__name__,
+)
 def test_every_crash_point_leaves_a_whole_newest_checkpoint(world, scratch, before, kill):
     start, states, model, optimizer = world
     seen = {}
