@@ -83,7 +83,7 @@ def load(
     checkpoint = open_checkpoint(root, trust_remote_code=trust_remote_code)
     device = usable_device(device)
     layout = layout_of(checkpoint)
-    model = _empty_model(checkpoint, dtype)
+    model = meta_model(checkpoint, dtype)
     tied = check_tensors(model, checkpoint, layout)
     adapters = None if adapter is None else _adapter_sites(adapter)
     norms = None if adapter is None else adapter_norms(adapter) or None
@@ -94,7 +94,7 @@ def load(
     attacher = Attacher(model, plan, seed=seed)
     with torch.no_grad():
         _stream(model, checkpoint, layout, attacher, device, tied)
-        _move_buffers(model, device)
+        move_buffers(model, device)
     model.tie_weights()
     plan = attacher.finish()
     model.eval()
@@ -109,7 +109,7 @@ def empty_model(path_or_id: str | PathLike[str], *, dtype: torch.dtype | None = 
     """Build the model of a checkpoint without its weights: parameters are on the meta device."""
     checkpoint = open_checkpoint(model_directory(path_or_id))
     layout_of(checkpoint)  # refuses what `load` would refuse
-    return _empty_model(checkpoint, dtype)
+    return meta_model(checkpoint, dtype)
 
 
 def model_directory(path_or_id: str | PathLike[str]) -> Path:
@@ -144,8 +144,12 @@ def _adapter_sites(adapter: str | PathLike[str]) -> dict[str, LoraSite]:
     return {path: LoraSite(rank, alpha) for path, (rank, alpha) in adapter_ranks(adapter).items()}
 
 
-def _empty_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> Any:
-    """Build the model with parameters on meta and buffers (rotary frequencies) computed for real."""
+def meta_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> Any:
+    """Build the model of a judged directory, parameters on meta and buffers (rotary frequencies) computed for real.
+
+    Raises:
+        CheckpointError: transformers cannot build it from this config.
+    """
     from accelerate import init_empty_weights
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -298,15 +302,22 @@ def _stream(
         elif leaf == "weight" and path in attacher.plan.quantize:
             attacher.weight(path, tensor, dtype=dense_dtypes[name])
         elif name not in tied:  # a tied copy in the file repeats what its holder has
-            module = model.get_submodule(path)
-            value = tensor.to(dense_dtypes[name]) if tensor.is_floating_point() else tensor
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-            else:
-                module._buffers[leaf] = value
+            put_dense(model, name, tensor, dense_dtypes[name])
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
+def put_dense(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Give a model on meta one of its tensors, frozen; floating point in `dtype`."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move what the model computed itself to where its weights are."""
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:

@@ -69,7 +69,7 @@ def token_windows(
     Raises:
         CheckpointError: no window at all.
     """
-    first = _first_token(tokenizer)
+    first = first_token(tokenizer)
     windows: list[Tensor] = []
     left = math.inf if max_tokens is None else max_tokens
     for text in texts:
@@ -148,7 +148,7 @@ def _line_text(row: Any, where: str) -> str:
     return row["text"] if isinstance(row.get("text"), str) else "\n\n".join(strings)
 
 
-def _first_token(tokenizer: Any) -> list[int]:
-    """The token that this tokenizer puts before every text, if it does."""
+def first_token(tokenizer: Any) -> list[int]:
+    """Return the token that a tokenizer puts before every text, alone in a list; an empty one if it puts none."""
     ids = tokenizer("a")["input_ids"][:1]
     return ids if ids == [tokenizer.bos_token_id] else []

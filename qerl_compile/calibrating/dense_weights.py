@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from qerl_compile.checkpoint_dir import CheckpointDirectory, open_checkpoint
-from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
-from qerl_compile.errors import CheckpointError, ModelError
+from qerl_compile.checkpoint_tensors import finite_or_raise
+from qerl_compile.errors import ModelError
 from qerl_compile.formats.nvfp4 import check_weight
 from qerl_compile.graph import held_tensor
 from qerl_compile.layouts import layout_of
-from qerl_compile.loading import DENSE_DTYPES, _empty_model, model_directory, usable_device
+from qerl_compile.loading import check_tensors, meta_model, model_directory, move_buffers, put_dense, usable_device
 from qerl_compile.plan import Plan
 from qerl_compile.transforming import refuse_unsuitable
 
@@ -77,37 +77,15 @@ class FromCheckpoint:
 
     def __init__(self, model: Any, checkpoint: CheckpointDirectory, device: torch.device, name: str) -> None:
         self.model, self.checkpoint, self.device, self.name = model, checkpoint, device, name
-        tensors = dict(model.state_dict(keep_vars=True))
-        holders: dict[int, str] = {}
-        tied = [name for name, tensor in tensors.items() if holders.setdefault(id(tensor), name) != name]
-        wanted = {name: tensor for name, tensor in tensors.items() if name not in tied}
-        compare_names(list(wanted), list(checkpoint.tensors), where=str(checkpoint.root), optional=tied)
-        for name, tensor in wanted.items():
-            entry = checkpoint.tensors[name]
-            if entry.shape != tuple(tensor.shape):
-                raise CheckpointError(
-                    where=f"{entry.file}: tensor {name!r}",
-                    expected=f"shape {list(tensor.shape)}, from config.json",
-                    got=f"shape {list(entry.shape)}",
-                    do="Check that config.json belongs to these weights.",
-                )
-            if tensor.is_floating_point() and entry.dtype not in DENSE_DTYPES:
-                raise CheckpointError(
-                    where=f"{entry.file}: tensor {name!r}",
-                    expected=f"dtype {' or '.join(DENSE_DTYPES)}",
-                    got=entry.dtype,
-                    do="Start from the bf16 checkpoint of this model.",
-                )
-        self.dtypes = {name: tensor.dtype for name, tensor in wanted.items()}
+        tied = check_tensors(model, checkpoint, layout_of(checkpoint))
+        tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items() if name not in tied}
 
     def outside(self, plan: Plan) -> None:
         """Read everything outside the decoder layers, and move the buffers that the model computed itself."""
         inside = tuple(f"{layer}." for layer in plan.layers)
         self._read([name for name in self.dtypes if not name.startswith(inside)])
-        for module in self.model.modules():
-            for leaf, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[leaf] = buffer.to(self.device)
+        move_buffers(self.model, self.device)
         self.model.tie_weights()
 
     def layer(self, path: str) -> None:
@@ -121,16 +99,8 @@ class FromCheckpoint:
             with safe_open(shard, framework="pt", device=str(self.device)) as reader:
                 for name in names:
                     if self.checkpoint.tensors[name].file == shard:
-                        self._put(name, finite_or_raise(name, reader.get_tensor(name), shard))
-
-    def _put(self, name: str, tensor: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        value = tensor.to(self.dtypes[name])
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        else:
-            module._buffers[leaf] = value
+                        tensor = finite_or_raise(name, reader.get_tensor(name), shard)
+                        put_dense(self.model, name, tensor, self.dtypes[name])
 
 
 def opened(
@@ -168,7 +138,7 @@ def opened(
             do="Calibrate the bf16 checkpoint of this model.",
         )
     place = usable_device(device)
-    model = _empty_model(checkpoint, dtype)
+    model = meta_model(checkpoint, dtype)
     weights = FromCheckpoint(model, checkpoint, place, str(model_or_path))
     if tokenizer is None:
         from transformers import AutoTokenizer

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qerl_compile.errors import TaskError
+from qerl_compile.perplexity import first_token
 
 
 def token_rows(texts: Iterable[str], tokenizer: Any, *, samples: int, tokens: int) -> Tensor:
@@ -41,7 +42,7 @@ def token_rows(texts: Iterable[str], tokenizer: Any, *, samples: int, tokens: in
             got="one string, which would be read letter by letter",
             do="Pass [text].",
         )
-    begin = _first_token(tokenizer)
+    begin = first_token(tokenizer)
     fresh = tokens - len(begin)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
@@ -58,8 +59,3 @@ def token_rows(texts: Iterable[str], tokenizer: Any, *, samples: int, tokens: in
             do="Give more text, or set calibration.tokens lower.",
         )
     return torch.tensor([[*begin, *stream[i * fresh : (i + 1) * fresh]] for i in range(count)])
-
-
-def _first_token(tokenizer: Any) -> list[int]:
-    ids = tokenizer("a")["input_ids"][:1]
-    return ids if ids == [tokenizer.bos_token_id] else []

@@ -37,9 +37,9 @@ def sqnr_db(base_NK: Tensor, codes_NK2: Tensor, bits_NG: Tensor, decode_scale: f
     for start in range(0, rows, step):
         part = slice(start, start + step)
         w_NK = base_NK[part].float()
-        scale_NG = bits_NG[part].view(torch.float8_e4m3fn).float() * decode_scale
+        decode_scale_NG = bits_NG[part].view(torch.float8_e4m3fn).float() * decode_scale
         decoded_NK = e2m1.decode(codes_NK2[part].contiguous(), torch.float32)
-        decoded_NK = (decoded_NK.unflatten(1, (-1, BLOCK)) * scale_NG[..., None]).flatten(1)
+        decoded_NK = (decoded_NK.unflatten(1, (-1, BLOCK)) * decode_scale_NG[..., None]).flatten(1)
         signal += w_NK.square().sum(dtype=torch.float64).item()
         noise += (w_NK - decoded_NK).square().sum(dtype=torch.float64).item()
     if noise == 0.0:

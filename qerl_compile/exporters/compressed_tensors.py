@@ -31,38 +31,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from qerl_compile.exporters.served_state import KV_SCALES, ServedState
+from qerl_compile.exporters.served_state import ServedState
 from qerl_compile.exporters.serving import Layout, dense_entries, write_checkpoint
 from qerl_compile.exporters.shards import Entry
 from qerl_compile.layouts import OWN_METHOD, OWN_VERSION
 from qerl_compile.layouts.compressed_tensors import FORMAT
+from qerl_compile.passes.quantize import CACHE_SCALES
 
 
 def export_compressed_tensors(
-    model: nn.Module,
-    out_dir: str | PathLike[str],
-    *,
-    target: str = "vllm",
-    tokenizer: Any = None,
-    base_name: str | None = None,
-    shard_size_bytes: float = 5e9,
-    norms_in_base: bool = False,
-    activations: str = "16",
-    kv_cache: str = "16",
+    model: nn.Module, out_dir: str | PathLike[str], *, target: str = "vllm", **options: Any
 ) -> None:
     """Write config, safetensors shards, tokenizer and card; see `serving.write_checkpoint` for arguments and errors."""
-    write_checkpoint(
-        model,
-        out_dir,
-        QERL if target.partition("==")[0] == "transformers" else COMPRESSED_TENSORS,
-        target=target,
-        tokenizer=tokenizer,
-        base_name=base_name,
-        shard_size_bytes=shard_size_bytes,
-        norms_in_base=norms_in_base,
-        activations=activations,
-        kv_cache=kv_cache,
-    )
+    layout = QERL if target.partition("==")[0] == "transformers" else COMPRESSED_TENSORS
+    write_checkpoint(model, out_dir, layout, target=target, **options)
 
 
 def quantization_config(state: ServedState) -> Any:
@@ -95,7 +77,7 @@ def _entries(state: ServedState) -> dict[str, Entry]:
     for path, scalar in state.input_scales.items():
         entries[f"{path}.input_global_scale"] = Entry.of(scalar.toward("divisor"))
     for path, scales in state.kv_scales.items():
-        for leaf, value in zip(KV_SCALES, scales, strict=True):
+        for leaf, value in zip(CACHE_SCALES, scales, strict=True):
             entries[f"{path}.{leaf}"] = Entry.of(value, torch.bfloat16)
     return entries
 

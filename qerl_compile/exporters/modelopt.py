@@ -44,30 +44,10 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
 def export_modelopt(
-    model: nn.Module,
-    out_dir: str | PathLike[str],
-    *,
-    target: str = "tensorrt-llm",
-    tokenizer: Any = None,
-    base_name: str | None = None,
-    shard_size_bytes: float = 5e9,
-    norms_in_base: bool = False,
-    activations: str = "16",
-    kv_cache: str = "16",
+    model: nn.Module, out_dir: str | PathLike[str], *, target: str = "tensorrt-llm", **options: Any
 ) -> None:
     """Write both configs, safetensors shards, tokenizer and card; see `serving.write_checkpoint`."""
-    write_checkpoint(
-        model,
-        out_dir,
-        MODELOPT,
-        target=target,
-        tokenizer=tokenizer,
-        base_name=base_name,
-        shard_size_bytes=shard_size_bytes,
-        norms_in_base=norms_in_base,
-        activations=activations,
-        kv_cache=kv_cache,
-    )
+    write_checkpoint(model, out_dir, MODELOPT, target=target, **options)
 
 
 def _entries(state: ServedState) -> dict[str, Entry]:

@@ -29,14 +29,13 @@ from qerl_compile.errors import ExportError, FormatError
 from qerl_compile.formats.nvfp4 import PackedNVFP4
 from qerl_compile.graph import leaf_tensor
 from qerl_compile.model import QerlModel
-from qerl_compile.passes.quantize import GLOBAL_SCALES, INPUT_SCALES, Direction, packed_of
+from qerl_compile.passes.quantize import CACHE_SCALES, GLOBAL_SCALES, INPUT_SCALES, Direction, packed_of
 from qerl_compile.trained_weights import trained_packed
 
 DENSE_DTYPE = torch.bfloat16
 """Of all that is not packed: transformers decodes NVFP4 to bfloat16 whatever the config says."""
 BITS = ("16", "4")
 KV_BITS = ("16", "8")
-KV_SCALES = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,11 +168,11 @@ def _kv_scales(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     scales: dict[str, tuple[Tensor, Tensor]] = {}
     missing: list[str] = []
     for path, module in model.named_modules():
-        values = [leaf_tensor(module, leaf) for leaf in KV_SCALES]
+        values = [leaf_tensor(module, leaf) for leaf in CACHE_SCALES]
         if any(value is not None for value in values):
             k_scale, v_scale = (
                 _scalar(f"{path}.{leaf}", torch.zeros(1) if value is None else value.detach().reshape(1), "multiplier")
-                for leaf, value in zip(KV_SCALES, values, strict=True)
+                for leaf, value in zip(CACHE_SCALES, values, strict=True)
             )
             scales[path] = (k_scale.value, v_scale.value)
         elif {"k_proj", "v_proj"} <= {name for name, _ in module.named_children()}:
@@ -209,7 +208,7 @@ def _dense(model: nn.Module, packed: Collection[str], *, norms_in_base: bool) ->
     # `weight` too: a linear whose dense weight is trained is packed for the export and has both
     leaves = ("weight", "weight_packed", "weight_scale", *GLOBAL_SCALES.values(), *INPUT_SCALES.values())
     left_out |= {f"{path}.{leaf}" for path in packed for leaf in leaves}
-    left_out |= {f"{path}.{leaf}" for path, _ in model.named_modules() for leaf in KV_SCALES}
+    left_out |= {f"{path}.{leaf}" for path, _ in model.named_modules() for leaf in CACHE_SCALES}
     tied = _is_tied(model)
     dense: dict[str, Tensor] = {}
     seen: set[int] = set()

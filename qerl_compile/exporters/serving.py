@@ -15,7 +15,6 @@ Activations stay in 16 bits unless asked for: that is the function that was trai
 compute anyway. The same goes for the cache.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 from qerl_compile.errors import ExportError
 from qerl_compile.exporters.card import write_card
 from qerl_compile.exporters.fused_partners import check_partners
+from qerl_compile.exporters.model_config import write_model_config
 from qerl_compile.exporters.schemas import check_schema, split_target
 from qerl_compile.exporters.served_card import served_card
 from qerl_compile.exporters.served_state import DENSE_DTYPE, ServedState, served_state
@@ -66,12 +66,12 @@ def write_checkpoint(
     layout: Layout,
     *,
     target: str,
-    tokenizer: Any,
-    base_name: str | None,
-    shard_size_bytes: float,
-    norms_in_base: bool,
-    activations: str,
-    kv_cache: str,
+    tokenizer: Any = None,
+    base_name: str | None = None,
+    shard_size_bytes: float = 5e9,
+    norms_in_base: bool = False,
+    activations: str = "16",
+    kv_cache: str = "16",
 ) -> None:
     """Write config, safetensors shards, tokenizer and card.
 
@@ -104,7 +104,7 @@ def write_checkpoint(
     check_partners(model, state.packed, state.numbers(layout.direction))
     entries = in_model_order(model, layout.entries(state))
     with staged_directory(out_dir) as stage:
-        _write_config(model, stage)
+        write_model_config(model, stage, DENSE_DTYPE)
         layout.describe(state, stage)
         write_shards(entries, stage, int(shard_size_bytes))
         if tokenizer is not None:
@@ -131,19 +131,6 @@ def dense_entries(state: ServedState) -> dict[str, Entry]:
         name: Entry.of(tensor, DENSE_DTYPE if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in state.dense.items()
     }
-
-
-def _write_config(model: nn.Module, stage: Path) -> None:
-    source: Any = model
-    config = copy.deepcopy(source.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = DENSE_DTYPE
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the source's; the layout writes its own
-    config.save_pretrained(stage)
-    if source.can_generate():
-        # Not save_pretrained, which refuses settings that published models do have, such as a temperature for greedy.
-        source.generation_config.to_json_file(stage / "generation_config.json")
 
 
 def _refuse_stacked_experts(model: nn.Module) -> None:

@@ -68,7 +68,6 @@ def float32_oracle(model, plain):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    pytest.importorskip("onnxscript")
     done = {}
 
     def get(family):
@@ -131,19 +130,16 @@ def relative(got_BTV, want_BTV):
 
 @pytest.mark.parametrize("family", CASES)
 def test_onnxruntime_prefills_and_decodes_to_the_logits_of_plain_float32_weights(family, exported):
-    pytest.importorskip("onnxruntime")
     case = exported(family)
     assert relative(prefill_and_decode(session(case.out), case.model.config), logits_of(case.oracle)) < 1e-4
 
 
 def test_onnxruntime_gives_the_logits_of_the_transformed_model(exported):
-    pytest.importorskip("onnxruntime")
     case = exported("llama")
     assert relative(prefill_and_decode(session(case.out), case.model.config), logits_of(case.model)) < 1e-4
 
 
 def test_eight_greedy_tokens_are_those_of_the_transformed_model(exported):
-    pytest.importorskip("onnxruntime")
     case = exported("llama")
     graph, config, past = session(case.out), case.model.config, None
     ids_BT, mask_BT, tokens = IDS_BT, MASK_BT, []
@@ -158,8 +154,7 @@ def test_eight_greedy_tokens_are_those_of_the_transformed_model(exported):
 
 
 def test_the_reference_evaluator_gives_the_logits_of_the_transformed_model(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
+    import onnx
     from onnx.reference import ReferenceEvaluator
 
     model, _ = transformed("qwen3", layers=1)
@@ -183,7 +178,8 @@ def test_the_reference_evaluator_gives_the_logits_of_the_transformed_model(tmp_p
 
 
 def test_a_16_bit_model_keeps_its_tables_in_16_bits_and_a_tied_head_is_stored_once(exported):
-    onnx = pytest.importorskip("onnx")
+    import onnx
+
     case = exported("gemma3")
     proto = onnx.load(case.out / "model.onnx", load_external_data=False)
     vocabulary = [tensor for tensor in proto.graph.initializer if list(tensor.dims) == [128, 64]]
@@ -194,7 +190,8 @@ def test_a_16_bit_model_keeps_its_tables_in_16_bits_and_a_tied_head_is_stored_on
 
 
 def test_an_adapter_is_two_small_matrices_when_kept_and_makes_its_linear_dense_when_folded(exported):
-    onnx = pytest.importorskip("onnx")
+    import onnx
+
     kept = onnx.load(exported("llama").out / "model.onnx", load_external_data=False)
     folded = onnx.load(exported("qwen2").out / "model.onnx", load_external_data=False)
     names = [{tensor.name: tensor for tensor in proto.graph.initializer} for proto in (kept, folded)]
@@ -206,7 +203,8 @@ def test_an_adapter_is_two_small_matrices_when_kept_and_makes_its_linear_dense_w
 
 
 def test_axes_have_names_and_no_path_of_this_machine_is_in_the_file(exported):
-    onnx = pytest.importorskip("onnx")
+    import onnx
+
     out = exported("llama").out
     proto = onnx.load(out / "model.onnx", load_external_data=False)
     axes = {

@@ -40,7 +40,6 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(model, tmp
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.lora_B"])
 def test_nan_is_refused_by_name(name, model, tmp_path):
-    pytest.importorskip("onnxscript")
     model.get_parameter(name).data.view(-1)[3] = float("nan")
     with pytest.raises(ExportError, match=f"{name}: expected finite numbers"):
         export_onnx(model, tmp_path / "out")
@@ -48,7 +47,6 @@ def test_nan_is_refused_by_name(name, model, tmp_path):
 
 
 def test_an_overwritten_block_scale_is_refused(model, tmp_path):
-    pytest.importorskip("onnxscript")
     path = "model.layers.0.mlp.up_proj"
     model.get_submodule(path).weight_scale.data.view(torch.uint8)[0, 0] = 0xFF
     with pytest.raises(ExportError, match=rf"{path}: block_decode_scale_NG: expected no NaN"):
@@ -57,7 +55,6 @@ def test_an_overwritten_block_scale_is_refused(model, tmp_path):
 
 
 def test_an_adapter_is_not_folded_into_a_head_that_is_the_embedding(tmp_path):
-    pytest.importorskip("onnxscript")
     quantize = [{"match": ".*_proj", "format": "nvfp4"}]
     lora = [{"match": "lm_head", "rank": 4, "alpha": 8}]
     recipe = Recipe.resolve({"version": 1, "quantize": quantize, "lora": lora})

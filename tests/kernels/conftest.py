@@ -14,11 +14,13 @@ from tests.kernels.oracle import hide_native
 
 TRITON = importlib.util.find_spec("triton") is not None
 CAPABILITY = torch.cuda.get_device_capability() if TRITON and torch.cuda.is_available() else (0, 0)
-collect_ignore_glob = [] if CAPABILITY > (0, 0) else ["*_gpu.py"]
+collect_ignore_glob = [] if CAPABILITY > (0, 0) else ["*_gpu.py"]  # without Triton, also where there is a GPU
 if CAPABILITY < (8, 9):  # Triton takes pointers to E4M3 from there on
     collect_ignore_glob += ["test_stream_gpu.py"]
 if CAPABILITY[0] != 9:  # wgmma
     collect_ignore_glob += ["test_hopper_gpu.py", "test_hopper_dx_gpu.py"]
+if CAPABILITY[0] < 9:  # dependent launches
+    collect_ignore_glob += ["test_lead_in_gpu.py"]
 if not TRITON:
     collect_ignore_glob += ["*_lowering.py", "*_emulated.py", "*_interpreted.py", "test_prepared_launch.py"]
 

@@ -13,9 +13,6 @@ from qerl_compile.kernels import cuda, flash_decode, nvfp4_workspace, ops
 from qerl_compile.kernels.lora_down import lora_down
 from qerl_compile.kernels.paged_attention import paged_decode
 
-ON_HOPPER = torch.cuda.get_device_capability()[0] >= 9
-pytestmark = pytest.mark.skipif(not ON_HOPPER, reason="the kernels behind it are Hopper's")
-
 HEADS = {3584: (28, 4), 5120: (40, 8)}  # of queries, of keys
 REPLAYS = 50
 

@@ -8,7 +8,6 @@ shard.
 The directory has nothing of ours in it but its card: transformers, vLLM and every quantizer take it as a bf16 model.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from qerl_compile.exporters.card import Card, provenance, shown_base, write_card
 from qerl_compile.exporters.merging.dense_names import dense_shapes
 from qerl_compile.exporters.merging.master import Master
 from qerl_compile.exporters.merging.modes import delta
+from qerl_compile.exporters.model_config import write_model_config
 from qerl_compile.exporters.shards import Entry, write_shards
 from qerl_compile.formats.nvfp4 import dequantize
 from qerl_compile.graph import held_tensor
@@ -100,21 +100,11 @@ def write_dense(
     Raises:
         ExportError, CheckpointError: as `DenseMerge.tensor`.
     """
-    _write_config(merge.model, directory)
+    write_model_config(merge.model, directory, DTYPE)
     write_shards({name: merge.entry(name) for name in merge.shapes}, directory, SHARD_BYTES)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     write_card(directory, _card(merge, mode, base_name))
-
-
-def _write_config(model: nn.Module, directory: Path) -> None:
-    source: Any = model
-    config = copy.deepcopy(source.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = DTYPE
-    config.save_pretrained(directory)
-    if source.can_generate():
-        source.generation_config.to_json_file(directory / "generation_config.json")
 
 
 def _card(merge: DenseMerge, mode: str, base_name: str | None) -> Card:

@@ -17,7 +17,6 @@ What this module does not do: 16-bit activations (the graph computes in float32)
 operators, a cache of fixed size.
 """
 
-import copy
 import importlib.util
 from os import PathLike
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import nn
 
 from qerl_compile.errors import ExportError
 from qerl_compile.exporters.card import Card, provenance, shown_base, write_card
+from qerl_compile.exporters.model_config import write_model_config
 from qerl_compile.exporters.onnx.filling import fill
 from qerl_compile.exporters.onnx.packed_nodes import RUNTIMES, Runtime
 from qerl_compile.exporters.onnx.tracing import trace
@@ -76,7 +76,7 @@ def export_onnx(
     ir_model.producer_name, ir_model.ir_version = "qerl-compile", to.ir_version
     with staged_directory(out_dir) as stage:
         _write_graph(ir_model, stage)
-        _write_config(model, stage)
+        write_model_config(model, stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         write_card(stage, _card(model, numbers, to, base_name))
@@ -107,15 +107,6 @@ def _write_graph(ir_model: Any, stage: Path) -> None:
 
     ir.save(ir_model, stage / GRAPH, external_data=WEIGHTS)
     onnx.checker.check_model(str(stage / GRAPH))
-
-
-def _write_config(model: Any, stage: Path) -> None:
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(stage)
-    if model.can_generate():
-        # Not save_pretrained, which refuses settings that published models do have, such as a temperature for greedy.
-        model.generation_config.to_json_file(stage / "generation_config.json")
 
 
 def _card(model: nn.Module, numbers: Numbers, to: Runtime, base_name: str | None) -> Card:
