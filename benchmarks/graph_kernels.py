@@ -30,7 +30,8 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 from qerl_compile.rl.rollout.cache import CacheShape, DecodeView, PagedCache, paged_attention
-from qerl_compile.rl.rollout.decode import DecodeStep, Rows
+from qerl_compile.rl.rollout.decode import DecodeStep, Rows, StepCode
+from qerl_compile.rl.rollout.leaves import compiled_leaves
 from qerl_compile.rl.rollout.types import Sampling
 from qerl_compile.stacked_adapters import refresh_stacked_adapters
 from qerl_compile.transforming import transform
@@ -96,10 +97,11 @@ def around(recipe: str, shape: argparse.Namespace) -> Mapping[str, Callable[[], 
     model = one_layer(recipe, shape)
     refresh_stacked_adapters(model)
     cache, made = lines(model, shape.rows)
-    step = DecodeStep(model, cache, made, Sampling(4, (), 0), graphs=True)
+    code = StepCode.of(model, Sampling(4, (), 0), compiled_leaves(model), graphs=True)
+    step = DecodeStep(code, cache, made, graphs=True)
     hidden_BTD = torch.randn(shape.rows, 1, shape.hidden, device=DEVICE).to(torch.bfloat16)
     logits_BV = torch.randn(shape.rows, shape.vocabulary, device=DEVICE).to(torch.bfloat16)
-    rotary, norm = (step.leaves[module] for module in (model.model.rotary_emb, model.model.norm))
+    rotary, norm = (code.leaves[module] for module in (model.model.rotary_emb, model.model.norm))
 
     def whole() -> None:
         with paged_attention(model):
@@ -108,7 +110,7 @@ def around(recipe: str, shape: argparse.Namespace) -> Mapping[str, Callable[[], 
     calls = {
         "rotary tables": lambda: rotary(hidden_BTD, made.position_R[:, None]),
         "final norm": lambda: norm(hidden_BTD),
-        "after the logits": lambda: step._advance(made, logits_BV, step.draw),
+        "after the logits": lambda: code.advance(made, logits_BV, code.draw),
         "step": whole,
     }
     return {name: torch.inference_mode()(call) for name, call in calls.items()}

@@ -16,10 +16,14 @@ from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
 
 SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512},
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151936},
     "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
            "num_key_value_heads": 4, "vocab_size": 152064},
+    "14B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40,
+            "num_key_value_heads": 8, "vocab_size": 152064},
     "32B": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
             "num_key_value_heads": 8, "vocab_size": 152064},
 }  # fmt: skip
@@ -27,8 +31,25 @@ RECIPES = {"nvfp4": "qerl-nvfp4-aqn", "bf16": "bf16-lora-aqn"}
 STANDARD_DEVIATION = 0.02
 
 
+def empty_model(size: str, layers: int | None = None) -> Any:
+    """A Qwen2 model of a shape in bf16, its parameters on the meta device and its buffers on the CPU."""
+    from accelerate import init_empty_weights
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = SHAPES[size] | ({"num_hidden_layers": layers} if layers else {})
+    with init_empty_weights(include_buffers=False):
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**shape, max_position_embeddings=32768, tie_word_embeddings=False))
+    return model.to(torch.bfloat16).eval()
+
+
 def random_model(
-    size: str, recipe: str, *, layers: int | None = None, inner: str = "inductor", device: str = "cuda"
+    size: str,
+    recipe: str,
+    *,
+    layers: int | None = None,
+    inner: str = "inductor",
+    device: str = "cuda",
+    recompute: bool = False,
 ) -> Any:
     """A transformed Qwen2 model in bf16 with random weights, random adapters and zero noise.
 
@@ -38,14 +59,9 @@ def random_model(
         layers: fewer layers than the shape has.
         inner: inner compiler.
         device: where to make it.
+        recompute: whether training graphs run the recompute pass.
     """
-    from accelerate import init_empty_weights
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    shape = SHAPES[size] | ({"num_hidden_layers": layers} if layers else {})
-    with init_empty_weights(include_buffers=False):
-        model: Any = Qwen2ForCausalLM(Qwen2Config(**shape, max_position_embeddings=32768, tie_word_embeddings=False))
-    model = model.to(torch.bfloat16).eval()
+    model = empty_model(size, layers)
     rules = Recipe.resolve(RECIPES.get(recipe, recipe))
     plan = make_plan(model, rules)
     attacher = Attacher(model, plan)
@@ -68,7 +84,7 @@ def random_model(
         plan = attacher.finish()
         for path in plan.lora:
             model.get_submodule(path).lora_B.normal_(0, STANDARD_DEVIATION, generator=generator)
-    become_qerl(model, TransformState(rules, plan, inner, base_name=f"random {size}"))
+    become_qerl(model, TransformState(rules, plan, inner, recompute=recompute, base_name=f"random {size}"))
     return model
 
 

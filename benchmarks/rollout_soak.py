@@ -13,8 +13,9 @@ error if it does not hold:
     origin       log-probabilities of one completion in ten, recomputed by a training forward over prompt and completion
     alone        one prompt per call on one row gives the same tokens (CPU only: products on a GPU depend on the rows)
     pages        all are free when a call is over
-    memory       RSS on a CPU, allocated bytes on a GPU: no more at the end than after every kind of call has run once,
-                 but for what an allocator keeps (`SLACK_BYTES`)
+    memory       RSS on a CPU, allocated bytes on a GPU: no more at the end than in the first half, in which every kind
+                 of call has run (on a GPU all graphs are captured before), but for what an allocator keeps
+                 (`SLACK_BYTES`)
 
 Lengths are what makes an engine lose things, so they are drawn wide: from one token to fifty times as many.
 """
@@ -183,6 +184,18 @@ def train(model: Any, number: int, device: str) -> None:
     resample_noise(model, 0.02, torch.Generator().manual_seed(number))
 
 
+def capture_all(sampler: PagedSampler) -> None:
+    """Call 0 for the sizes of pages and lines, then every batch size with every way of drawing: no graph is new after.
+
+    Which sizes a call needs depends on what ends when, so calls alone would meet the last one late or never.
+    """
+    first = random_call(0, PER_CALL)
+    sampler.generate(first.prompts, first.group_size, first.params)
+    for drawing in DRAWING:
+        for count in range(1, ROWS + 1):
+            sampler.generate([(1, 2)] * count, 1, Sampling(3, (), 0, **drawing, seed=(count, "soak")))
+
+
 def soak(device: str, requests: int) -> dict[str, Any]:
     paged.Schedule, paged.PagePool = WatchedSchedule, WatchedPool
     model = make_model(device)
@@ -190,6 +203,8 @@ def soak(device: str, requests: int) -> dict[str, Any]:
     alone = PagedSampler(model, rows=1)
     rows: list[dict[str, Any]] = []
     done = number = 0
+    if device == "cuda":
+        capture_all(sampler)
     print(" ".join(f"{name:>9}" for name in COLUMNS))
     while done < requests:
         call = random_call(number, min(PER_CALL, requests - done))

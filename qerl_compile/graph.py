@@ -59,8 +59,10 @@ def make_ghost(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
 
 
 def is_ghost(tensor: Tensor) -> bool:
-    """Whether `tensor` has more than one element and all of them are the same storage element."""
-    return tensor.numel() > 1 and all(stride == 0 for stride in tensor.stride())
+    """Whether all elements of `tensor` share storage, or all matrices of a stack do (passes/experts.py)."""
+    strides = tensor.stride()
+    one_element = tensor.numel() > 1 and all(stride == 0 for stride in strides)
+    return one_element or (tensor.dim() == 3 and tensor.shape[0] > 1 and strides[0] == 0)
 
 
 def leaf_tensor(module: nn.Module, leaf: str) -> Tensor | None:

@@ -42,6 +42,10 @@ def layer_stages(model: Any, recipe: Recipe, layer: int = 0, *, recompute: bool 
     for path in plan.quantize:
         weight = model.get_submodule(path).weight
         attacher.packed(path, _shapes_of_packed(*weight.shape), weight.dtype)
+    for stack, _ in plan.experts.values():
+        dtype = model.get_parameter(stack.name).dtype
+        for path in stack.places:
+            attacher.packed(path, _shapes_of_packed(stack.part_rows, stack.columns), dtype)
     model.to("meta")
     become_qerl(model, TransformState(recipe, attacher.finish(), inner="eager", recompute=recompute))
     stages: list[tuple[str, str]] = []

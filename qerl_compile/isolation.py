@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 RECOMPILE_LIMIT = 64
-"""Graphs per kind of region: gradients or none, first layer or not, batch 1 or more, one token or more, caches."""
+"""Graphs per kind of region: gradients or none, batch 1 or more, one token or more, caches."""
 
 _serial = itertools.count()
 

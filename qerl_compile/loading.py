@@ -3,8 +3,8 @@
     open       judge the directory: names, headers, shards, code, pickles         checkpoint_dir.py
     build      the model from its config with parameters on the meta device (no storage)
     plan       on shapes alone; a faulty recipe is refused before a byte of weights is read
-    stream     shard by shard, in file order: each tensor goes to the device; a packable linear is quantized there
-               as soon as its group (q/k/v, gate/up) is complete, and its bf16 form dropped
+    stream     shard by shard, in file order: each tensor goes to the device (read ahead: tensor_reading.py); a packable
+               linear is quantized there as soon as its group (q/k/v, gate/up) is complete, and its bf16 form dropped
     finish     ties, adapters, noise, freezing, compilation
 
 The peak is the packed model plus the largest group. A directory that is packed already (by us, llm-compressor, ModelOpt
@@ -15,7 +15,8 @@ What this module does not do: quantized formats other than NVFP4, or sharding ov
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from qerl_compile.attach import Attacher
 from qerl_compile.checkpoint_dir import CheckpointDirectory, open_checkpoint
 from qerl_compile.checkpoint_tensors import compare_names, finite_or_raise
 from qerl_compile.errors import CheckpointError, ModelError
+from qerl_compile.expert_filling import put_expert
+from qerl_compile.expert_stacks import Stack, expert_stacks, places_of
 from qerl_compile.layouts import Layout, layout_of
 from qerl_compile.layouts.packed_linear import SCALAR, Form, positive_scalar
 from qerl_compile.model import TransformState, become_qerl
@@ -36,6 +39,7 @@ from qerl_compile.passes import LoraSite
 from qerl_compile.plan import Plan, make_plan
 from qerl_compile.recipe import Recipe
 from qerl_compile.safetensors_header import ELEMENT_BYTES
+from qerl_compile.tensor_reading import Tensors, read_tensors
 from qerl_compile.transforming import RecipeLike, check_options
 from qerl_compile.wording import listed, refuse_checkpoint, shown
 
@@ -54,6 +58,7 @@ def load(
     adapter: str | PathLike[str] | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    planned: Callable[[Any, Plan, torch.device], None] | None = None,
 ) -> Any:
     """Load a causal LM as a transformed model.
 
@@ -68,6 +73,8 @@ def load(
             and its trained norms, if it has any, `trainable_norms`.
         seed: of new adapters' initial values.
         trust_remote_code: allow a directory that holds Python files; the files are still not run.
+        planned: called before weights are read, with the model on meta, the plan and the device: what can be prepared
+            while they stream in.
 
     Returns:
         The transformers model, transformed.
@@ -91,12 +98,17 @@ def load(
     refuse_uncalled(checkpoint, layout, plan)
     for note in layout.notes:
         warnings.warn(f"{root}, {layout.label}: {note}", stacklevel=2)
+    if planned is not None:
+        planned(model, plan, device)
     attacher = Attacher(model, plan, seed=seed)
-    with torch.no_grad():
-        _stream(model, checkpoint, layout, attacher, device, tied)
-        move_buffers(model, device)
+    wanted = {name: entry for name, entry in checkpoint.tensors.items() if name not in layout.unread}
+    with torch.no_grad(), closing(read_tensors(wanted, device)) as tensors:
+        _stream(tensors, model, checkpoint, layout, attacher, tied)
+    move_buffers(model, device)
     model.tie_weights()
     plan = attacher.finish()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # 1.5 GB of what weights were quantized in, for 32B
     model.eval()
     state = TransformState(recipe, plan, inner, decode, recipe.train.recompute, base_name=str(path_or_id))
     become_qerl(model, state)
@@ -192,8 +204,10 @@ def check_tensors(
         CheckpointError: the tensors are not those of the model.
     """
     modules = dict(model.named_modules())
+    stacks = expert_stacks(model)
+    places = places_of(stacks)
     for path, linear in layout.linears.items():
-        if not isinstance(modules.get(path), nn.Linear):
+        if path not in places and not isinstance(modules.get(path), nn.Linear):
             where = f"{checkpoint.tensors[linear.codes].file}: tensor {shown(linear.codes)}"
             got = type(modules[path]).__name__ if path in modules else "no such module"
             refuse_checkpoint(where, f"packed weights of linears; {shown(path)} to be one", got, do=OTHER_CONFIG)
@@ -213,6 +227,8 @@ def check_tensors(
         holders[id(tensor)] = name
         if path in layout.linears and leaf == "weight":
             forms |= layout.linears[path].forms(*tensor.shape)
+        elif name in stacks and name not in checkpoint.tensors:
+            forms |= _forms_of_experts(stacks[name], layout)
         else:
             floating = tensor.is_floating_point()
             forms[name] = Form((tuple(tensor.shape),), DENSE_DTYPES if floating else tuple(ELEMENT_BYTES))
@@ -230,6 +246,16 @@ def check_tensors(
             )
             refuse_checkpoint(where, f"dtype {' or '.join(form.dtypes)}", entry.dtype, do=do)
     return tied
+
+
+def _forms_of_experts(stack: Stack, layout: Layout) -> dict[str, Form]:
+    """Say what the headers must hold for experts under the names of published checkpoints."""
+    shape = stack.part_rows, stack.columns
+    forms: dict[str, Form] = {}
+    for path in stack.places:
+        linear = layout.linears.get(path)
+        forms |= {f"{path}.weight": Form((shape,), DENSE_DTYPES)} if linear is None else linear.forms(*shape)
+    return forms
 
 
 def _refuse_tied(checkpoint: CheckpointDirectory, layout: Layout, *names: str) -> None:
@@ -250,7 +276,8 @@ def refuse_uncalled(checkpoint: CheckpointDirectory, layout: Layout, plan: Plan)
     Raises:
         CheckpointError: names them.
     """
-    uncalled = [path for path in layout.linears if path not in plan.quantize]
+    places = plan.places()
+    uncalled = [path for path in layout.linears if path not in plan.quantize and path not in places]
     if uncalled:
         refuse_checkpoint(
             str(checkpoint.tensors[layout.linears[uncalled[0]].codes].file),
@@ -260,32 +287,21 @@ def refuse_uncalled(checkpoint: CheckpointDirectory, layout: Layout, plan: Plan)
         )
 
 
-def _tensors(checkpoint: CheckpointDirectory, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor in file order, on the device."""
-    from safetensors import safe_open
-
-    for shard in checkpoint.shards:
-        with safe_open(shard, framework="pt", device=str(device)) as reader:
-            for name, entry in checkpoint.tensors.items():
-                if entry.file == shard:
-                    yield name, reader.get_tensor(name)
-
-
 def _stream(
+    tensors: Tensors,
     model: nn.Module,
     checkpoint: CheckpointDirectory,
     layout: Layout,
     attacher: Attacher,
-    device: torch.device,
     tied: Mapping[str, str],
 ) -> None:
     dense_dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
     files = {name: entry.file for name, entry in checkpoint.tensors.items()}
     owners = {name: path for path, linear in layout.linears.items() for name in linear.names}
+    stacks, packed_experts = expert_stacks(model), attacher.plan.experts
+    places = places_of(stacks)
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _tensors(checkpoint, device):
-        if name in layout.unread:
-            continue
+    for name, tensor in tensors:
         path, _, leaf = name.rpartition(".")
         if name in owners:
             path = owners[name]
@@ -293,7 +309,8 @@ def _stream(
             mine[name] = tensor
             if len(mine) == len(layout.linears[path].names):
                 packed, input_scale = layout.linears[path].assemble(parts.pop(path), files)
-                attacher.packed(path, packed, dense_dtypes[f"{path}.weight"], input_scale=input_scale)
+                dtype = dense_dtypes[places[path].stack if path in places else f"{path}.weight"]
+                attacher.packed(path, packed, dtype, input_scale=input_scale)
             continue
         finite_or_raise(name, tensor, files[name])
         if name in layout.kv_scales:
@@ -301,6 +318,16 @@ def _stream(
             model.get_submodule(owner).register_buffer(leaf, positive_scalar(name, {name: tensor}, files))
         elif leaf == "weight" and path in attacher.plan.quantize:
             attacher.weight(path, tensor, dtype=dense_dtypes[name])
+        elif path in places:
+            place = places[path]
+            if place.stack in packed_experts:
+                attacher.weight(path, tensor, dtype=dense_dtypes[place.stack])
+            else:
+                stack = stacks[place.stack]
+                put_expert(model.get_submodule(stack.module), stack, place, tensor, dense_dtypes[place.stack])
+        elif name in packed_experts:  # stacked in the file as well
+            for path, place in stacks[name].places.items():
+                attacher.weight(path, tensor[place.expert, place.rows], dtype=dense_dtypes[name])
         elif name not in tied:  # a tied copy in the file repeats what its holder has
             put_dense(model, name, tensor, dense_dtypes[name])
 

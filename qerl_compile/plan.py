@@ -23,17 +23,21 @@ with it off is the run of a recipe that never had it. Its rule is still matched,
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from qerl_compile.errors import FormatError, RecipeError
+from qerl_compile.errors import CheckpointError, FormatError, RecipeError
+from qerl_compile.expert_stacks import Place, Stack, expert_stacks, places_of
 from qerl_compile.formats.nvfp4 import BLOCK
+from qerl_compile.graph import leaf_tensor
 from qerl_compile.passes import LoraSite, QuantizeSite
 from qerl_compile.passes.sparsify import check_fours
 from qerl_compile.recipe import Recipe
+from qerl_compile.recipe_fields import QuantizeRule
 from qerl_compile.regions import LayerFacts, capture
 from qerl_compile.rule_matching import first_matches, matching
 
@@ -53,6 +57,7 @@ class Plan:
         trained_weights: linears whose full weight is trained, and rounded in the graph.
         trained_groups: tuples of `trained_weights` that share an input, hence one amax.
         sparse: module path → score ("magnitude" or "wanda") of every linear that keeps two weights of four.
+        experts: tensor name → stack of experts to pack, and how.
     """
 
     layers: tuple[str, ...]
@@ -65,6 +70,11 @@ class Plan:
     trained_weights: tuple[str, ...] = ()
     trained_groups: tuple[tuple[str, ...], ...] = ()
     sparse: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, tuple[Stack, QuantizeSite]] = field(default_factory=dict)
+
+    def places(self) -> dict[str, Place]:
+        """Return where the virtual linears of packed experts lie, by path."""
+        return places_of({name: stack for name, (stack, _) in self.experts.items()})
 
     def owners(self) -> tuple[str, ...]:
         """Return the modules whose tensors graphs look up: those of packed or trained weights, adapters and norms."""
@@ -98,6 +108,7 @@ class Plan:
             return [path for path in paths if path == region or path.startswith(f"{region}.")]
 
         quantized = [(path.removeprefix(region), self.quantize[path].format) for path in inside(self.quantize)]
+        quantized += [(name.removeprefix(region), self.experts[name][1].format) for name in inside(self.experts)]
         adapters = [(path.removeprefix(region), self.lora[path]) for path in inside(self.lora)]
         noisy = [path.removeprefix(region) for path in inside(self.noise)]
         trained = [path.removeprefix(region) for path in inside(self.trained_norms)]
@@ -134,10 +145,13 @@ def make_plan(
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     facts = capture(model)
     called = {path for layer in facts.values() for path in layer.linears}
+    called_stacks = {name for layer in facts.values() for name in layer.stacks}
     inside = tuple(f"{layer}." for layer in facts)
     usable = [path for path in linears if path in called or not path.startswith(inside)]
 
-    quantize, trained_weights = _quantize_sites(model, recipe, usable, linears, packed)
+    stacks = {name: stack for name, stack in expert_stacks(model).items() if name in called_stacks}
+    quantize, trained_weights, experts = _quantize_sites(model, recipe, usable, linears, packed, stacks)
+    _tell_of_dense_experts(model, recipe, stacks, inside)
     sparse = _sparse_sites(model, recipe, usable, linears, packed)
     if not calibrating:
         _refuse_without_text(recipe, quantize, sparse, packed)
@@ -155,32 +169,96 @@ def make_plan(
         trained_weights=trained_weights,
         trained_groups=_groups(facts, dict.fromkeys(trained_weights)),
         sparse=sparse,
+        experts=experts,
     )
 
 
 def _quantize_sites(
-    model: nn.Module, recipe: Recipe, usable: Sequence[str], linears: Mapping[str, nn.Linear], packed: frozenset[str]
-) -> tuple[dict[str, QuantizeSite], tuple[str, ...]]:
-    """Return the sites to pack, and the linears whose full weights are trained."""
+    model: nn.Module,
+    recipe: Recipe,
+    usable: Sequence[str],
+    linears: Mapping[str, nn.Linear],
+    packed: frozenset[str],
+    stacks: Mapping[str, Stack],
+) -> tuple[dict[str, QuantizeSite], tuple[str, ...], dict[str, tuple[Stack, QuantizeSite]]]:
+    """Return the sites to pack, the linears whose full weights are trained, and the stacks of experts to pack."""
     sites = {path: QuantizeSite() for path in usable if path in packed}
     trained: list[str] = []
-    for path, rule in first_matches("quantize", recipe.quantize, usable, linears):
+    of_experts: dict[str, QuantizeRule] = {}
+    places = places_of(stacks)
+    owners = _weight_owners(model)
+    for path, rule in first_matches("quantize", recipe.quantize, [*usable, *places], [*linears, *places]):
         if rule.format == "none":
+            continue
+        if path in places:
+            of_experts[path] = rule
             continue
         if path in packed and rule.weights == "trained":
             _refuse_packed("quantize: weights", path, "a full-precision weight to train", "Train it from")
-        _check_packable(model, path, linears[path])
+        _check_packable(path, linears[path], owners)
         if rule.weights == "trained":
             trained.append(path)
         elif path not in packed:
             sites[path] = QuantizeSite(rule.format, rule.scales, rule.rounding)
-    return sites, tuple(trained)
+    of_stacks = {name: _expert_site(stack, of_experts, packed) for name, stack in stacks.items()}
+    return sites, tuple(trained), {name: (stacks[name], site) for name, site in of_stacks.items() if site is not None}
+
+
+def _tell_of_dense_experts(
+    model: nn.Module, recipe: Recipe, stacks: Mapping[str, Stack], inside: tuple[str, ...]
+) -> None:
+    """Warn of experts that no rule can select, since they hold most of a mixture's weights."""
+    dense = [name for name, tensor in model.named_parameters() if tensor.dim() == 3 and name.startswith(inside)]
+    unknown = [name for name in dense if name not in stacks]
+    if unknown and any(rule.format != "none" for rule in recipe.quantize):
+        warnings.warn(
+            f"{len(unknown)} stacks of experts stay dense, such as {unknown[0]}: only stacks [E, N, K] are packed that "
+            "torch's grouped product multiplies with and whose single experts transformers names.",
+            stacklevel=3,
+        )
+
+
+def _expert_site(stack: Stack, rules: Mapping[str, QuantizeRule], packed: frozenset[str]) -> QuantizeSite | None:
+    """Return how a stack of experts is packed, or None if it stays dense; all its experts are treated alike."""
+    there = [path for path in stack.places if path in packed]
+    if there:
+        if len(there) < len(stack.places):
+            raise CheckpointError(
+                where=stack.name,
+                expected="the experts of a layer all packed or all dense, since one operator computes them",
+                got=f"{len(there)} of {len(stack.places)} packed, such as {there[0]}",
+                do="Quantize the model again with one rule for all experts.",
+            )
+        return QuantizeSite()
+    sites = {path: rules.get(path) for path in stack.places}
+    kinds = {rule and (rule.format, rule.scales, rule.rounding, rule.weights) for rule in sites.values()}
+    if len(kinds) > 1:
+        apart = next(path for path, rule in sites.items() if rule is None or rule is not next(iter(sites.values())))
+        raise RecipeError(
+            where=f"quantize: {apart}",
+            expected=f"one treatment of all linears in {stack.name}, since one operator computes them",
+            got="rules that treat its experts differently",
+            do=f"Match them together, such as {re.escape(stack.module)}.*.",
+        )
+    rule = next(iter(sites.values()))
+    if rule is None or rule.format == "none":
+        return None
+    if rule.weights == "trained" or rule.rounding == "gptq":
+        raise RecipeError(
+            where=f"quantize: {stack.name}",
+            expected="experts that are frozen and rounded to nearest",
+            got="weights trained" if rule.weights == "trained" else "rounding gptq",
+            do="Give experts a rule of their own without it, before this one.",
+        )
+    _refuse_columns(next(iter(stack.places)), stack.part_rows, stack.columns)
+    return QuantizeSite(rule.format, rule.scales, rule.rounding)
 
 
 def _sparse_sites(
     model: nn.Module, recipe: Recipe, usable: Sequence[str], linears: Mapping[str, nn.Linear], packed: frozenset[str]
 ) -> dict[str, str]:
     sites: dict[str, str] = {}
+    owners = _weight_owners(model)
     for path, rule in first_matches("sparsify", recipe.sparsify, usable, linears):
         if rule.score == "none":
             continue
@@ -191,7 +269,7 @@ def _sparse_sites(
                 "a full-precision weight to take weights out of",
                 "Drop the rule with --set sparsify=[] if the checkpoint was made with it, else start from",
             )
-        _check_own_weight(model, path, linears[path], "sparsify rules")
+        _check_own_weight(path, linears[path], owners, "sparsify rules")
         check_fours(path, linears[path].weight)
         sites[path] = rule.score
     return sites
@@ -271,7 +349,10 @@ def check_columns(path: str, weight: Tensor) -> None:
     Raises:
         FormatError: naming the module.
     """
-    features_out, features_in = weight.shape
+    _refuse_columns(path, *weight.shape)
+
+
+def _refuse_columns(path: str, features_out: int, features_in: int) -> None:
     if features_in % BLOCK:
         raise FormatError(
             where=path,
@@ -281,13 +362,21 @@ def check_columns(path: str, weight: Tensor) -> None:
         )
 
 
-def _check_packable(model: nn.Module, path: str, linear: nn.Linear) -> None:
+def _check_packable(path: str, linear: nn.Linear, owners: Mapping[int, Sequence[str]]) -> None:
     check_columns(path, linear.weight)
-    _check_own_weight(model, path, linear, "quantize rules")
+    _check_own_weight(path, linear, owners, "quantize rules")
 
 
-def _check_own_weight(model: nn.Module, path: str, linear: nn.Linear, rules: str) -> None:
-    sharers = [name for name, module in model.named_modules() if getattr(module, "weight", None) is linear.weight]
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """id of a `weight` → the modules that hold it. One walk for all sites: 448 walks took seconds for 64 layers."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        owners.setdefault(id(leaf_tensor(module, "weight")), []).append(name)
+    return owners
+
+
+def _check_own_weight(path: str, linear: nn.Linear, owners: Mapping[int, Sequence[str]], rules: str) -> None:
+    sharers = owners.get(id(linear.weight), ())  # absent if a parametrization computes it
     if len(sharers) > 1:
         raise RecipeError(
             where=path,

@@ -15,6 +15,11 @@ runs a second set of graphs, without gradients, in which adapters, the last sum 
 part of operators (passes adapt, residual, rotary), made when the first rollout comes. `qerl_cache` too is handed down
 as `qerl_cache.layer(index)`, the pages of one layer.
 
+*The first layer takes the others' graph.* Dynamo guards on whether an input needs a gradient. Embeddings are frozen,
+so the first layer's input would need none and every other layer's one: two graphs, each with a backward, where one
+does. In training the first layer's input is therefore a leaf that needs a gradient, and nobody reads it. That is one
+layer's dx through norm and q/k/v too many, and one [B, T, D] of gradient; a graph of a layer takes ten seconds.
+
 *Batch and length are marked dynamic* (`maybe_mark_dynamic`) on the way in, so that the first call already compiles
 for all lengths. `dynamic=True` would also turn module floats such as eps into inputs (design/compiler.md, rule R6).
 
@@ -32,6 +37,7 @@ from qerl_compile.backend import GraphCompiler
 from qerl_compile.isolation import call_region, isolated, mark_dynamic
 from qerl_compile.passes import (
     Adapt,
+    Experts,
     FakeQuantize,
     Fuse,
     LoRA,
@@ -62,6 +68,7 @@ def passes_for(state: "TransformState") -> list[Pass]:
         LoRA(plan.lora),
         Fuse((*plan.groups, *plan.trained_groups)),
         Quantize(frozenset(plan.quantize), plan.groups),
+        *_experts(state),
         *_trained_weights(state),
     ]
     return [*passes, Recompute()] if state.recompute else passes
@@ -79,6 +86,7 @@ def rollout_passes_for(state: "TransformState") -> list[Pass]:
         Noise(frozenset(plan.noise)),
         Fuse((*groups, *plan.trained_groups)),
         Quantize(frozenset(plan.quantize), plan.groups),
+        *_experts(state),
         *_trained_weights(state),
         Adapt(plan.lora, groups),
         Residual(),
@@ -88,6 +96,10 @@ def rollout_passes_for(state: "TransformState") -> list[Pass]:
 
 def _trained_norms(state: "TransformState") -> list[Pass]:
     return [TrainedNorms(frozenset(state.plan.trained_norms))] if state.plan.trained_norms else []
+
+
+def _experts(state: "TransformState") -> list[Pass]:
+    return [Experts(frozenset(state.plan.experts))] if state.plan.experts else []
 
 
 def _trained_weights(state: "TransformState") -> list[Pass]:
@@ -159,6 +171,8 @@ class _RegionCall:
         cache = kwargs.get("past_key_values")
         if cache is not None and self.index is not None:
             kwargs["past_key_values"] = LayerCache(cache, self.index)
+        if torch.is_grad_enabled() and self.index is not None and args and "qerl_cache" not in kwargs:
+            args = (_as_of_a_later_layer(args[0], self.region), *args[1:])
         _mark_dynamic([*args, *kwargs.values()], kwargs.get("attention_mask"))
         pages = kwargs.get("qerl_cache")
         if pages is None or self.index is None:
@@ -168,6 +182,14 @@ class _RegionCall:
         mark_dynamic(layer.length_B, (0,))
         with torch.no_grad():
             return self.graphs.rollout(self.region, *args, **kwargs)
+
+
+def _as_of_a_later_layer(hidden: Any, region: nn.Module) -> Any:
+    """Return the input [B, T, D] as one that needs a gradient, if some weight of the region does; see the essay."""
+    if not isinstance(hidden, Tensor) or hidden.requires_grad or not hidden.is_floating_point():
+        return hidden
+    trains = any(parameter.requires_grad for parameter in region.parameters())
+    return hidden.detach().requires_grad_() if trains else hidden
 
 
 class LayerCache:

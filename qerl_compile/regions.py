@@ -14,7 +14,7 @@ What this module does not do: rewrite, or compile for running (`region_calls.py`
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from qerl_compile.errors import GraphError
 from qerl_compile.graph import Program, linear_parts, unlift
+from qerl_compile.grouped_nodes import grouped_products
 from qerl_compile.isolation import call_region, isolated
 
 
@@ -74,12 +75,14 @@ class LayerFacts:
         norms: modules whose 1-D weight scales the input of a linear, such as input_layernorm.
         feeds: (module, linears): a norm, or a linear that is one factor of a product such as up_proj, where nothing but
             these linears reads the result. A factor per channel can be moved from the one into the others.
+        stacks: tensors [E, N, K] of experts that rows sorted by expert are multiplied with (grouped_nodes.py).
     """
 
     linears: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     norms: tuple[str, ...]
     feeds: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), compare=False)
+    stacks: tuple[str, ...] = ()
 
     def renamed(self, old: str, new: str) -> "LayerFacts":
         """Return the same facts about another layer of the same kind."""
@@ -92,6 +95,7 @@ class LayerFacts:
             groups=tuple(map(move, self.groups)),
             norms=move(self.norms),
             feeds=tuple((move((source,))[0], move(linears)) for source, linears in self.feeds),
+            stacks=move(self.stacks),
         )
 
 
@@ -113,6 +117,7 @@ def layer_facts(program: Program) -> LayerFacts:
         groups=tuple(tuple(paths) for paths in by_input.values() if len(paths) > 1),
         norms=tuple(norms),
         feeds=tuple(feeds),
+        stacks=tuple(dict.fromkeys(str(product.weight.target) for product in grouped_products(program))),
     )
 
 
@@ -166,11 +171,13 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
     names = {id(t): name for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]}
     facts: dict[str, LayerFacts] = {}
     first: dict[tuple[object, ...], str] = {}
+    calls: dict[str, Callable[..., object]] = {}
     for path, layer in layers.items():
         representative = first.setdefault(kind(layer), path)
         if representative == path:
-            compiled = isolated(call_region, _recorder(facts, path, names))
-            layer._compiled_call_impl = functools.partial(compiled, layer)  # what nn.Module.compile() sets
+            calls[path] = functools.partial(isolated(call_region, _recorder(facts, path, names)), layer)
+        # what nn.Module.compile() sets; eager, layers would need meta kernels that torch lacks (float32 experts)
+        layer._compiled_call_impl = calls[representative]
     try:
         run_on_meta(shadow)
     except TorchDynamoException as fault:
@@ -178,7 +185,9 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
             where=type(model).__name__,
             expected="decoder layers that torch.compile captures in one graph each",
             got=str(fault).splitlines()[0],
-            do="Report this model class; meanwhile torch.compile(model, backend='qerl') may work.",
+            do="Build it with experts_implementation='grouped_mm'; other ways to compute experts are no graph."
+            if any(parameter.dim() == 3 for parameter in model.parameters())
+            else "Report this model class; meanwhile torch.compile(model, backend='qerl') may work.",
         ) from fault
     unseen = [path for path in first.values() if path not in facts]
     if unseen:

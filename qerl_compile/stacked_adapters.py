@@ -47,13 +47,13 @@ def attach_stacked_adapters(model: nn.Module) -> bool:
     plan, modules, made = state_of(model).plan, dict(model.named_modules()), False
     for group in plan.dense_groups:
         members = list(_members(modules, group).values())
-        made |= _share(members, "weight", "fused_weight")
+        made |= lay_together(members, "weight", "fused_weight")
         for module in members:
             set_owner(held_tensor(module, "weight"), module)
     for group in (*plan.groups, *plan.dense_groups):
         members = list(_members(modules, group).values())
         if all(leaf_tensor(module, "bias") is not None for module in members):
-            made |= _share(members, "bias", "fused_bias")
+            made |= lay_together(members, "bias", "fused_bias")
     for group in plan.adapted():
         if leaf_tensor(modules[group[0]], "stacked_lora_A") is None:
             Adapt.state(_members(modules, group), plan.lora)
@@ -99,22 +99,3 @@ def refresh_stacked_adapters(model: nn.Module) -> bool:
 
 def _members(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> dict[str, nn.Module]:
     return {path: modules[path] for path in paths}
-
-
-def _share(members: Sequence[nn.Module], own: str, fused: str) -> bool:
-    """Make `own` of the members slices of `fused` of the first, unless they are already; return whether it was done."""
-    whole = leaf_tensor(members[0], fused)
-    if whole is not None and _are_slices([held_tensor(module, own) for module in members], whole):
-        return False
-    lay_together(members, own, fused)
-    return True
-
-
-def _are_slices(parts: Sequence[Tensor], whole: Tensor) -> bool:
-    start = 0
-    for part in parts:
-        same_storage = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-        if not same_storage or part.storage_offset() != start:
-            return False
-        start += part.numel()
-    return True

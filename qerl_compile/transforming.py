@@ -63,10 +63,16 @@ def transform(
     plan = make_plan(model, recipe)
     for path in (*plan.quantize, *plan.trained_weights):
         check_weight(held_tensor(model.get_submodule(path), "weight"), path)
+    for stack, _ in plan.experts.values():
+        check_weight(model.get_parameter(stack.name).data.flatten(0, 1), stack.name)
     attacher = Attacher(model, plan, seed=seed)
     with torch.no_grad():
         for path in plan.quantize:
             attacher.weight(path, model.get_submodule(path).get_parameter("weight").data)
+        for stack, _ in plan.experts.values():
+            dense_ENK = model.get_parameter(stack.name).data
+            for path, place in stack.places.items():
+                attacher.weight(path, dense_ENK[place.expert, place.rows])
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     state = TransformState(recipe, attacher.finish(), inner, decode, recipe.train.recompute, base_name=name)
     become_qerl(model, state)

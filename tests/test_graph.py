@@ -233,6 +233,7 @@ def test_a_replaced_node_without_users_is_erased():
         (torch.zeros(()).expand(3), True),
         (torch.zeros(4, 8), False),
         (torch.zeros(8).expand(4, 8), False),
+        (torch.zeros(2, 8).expand(4, 2, 8), True),  # a stack of experts
         (torch.zeros(1, 1), False),
         (torch.zeros(()), False),
         (torch.zeros(0, 4), False),

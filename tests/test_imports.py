@@ -56,7 +56,7 @@ def test_an_unknown_public_name_is_an_attribute_error_that_lists_the_known_ones(
     assert set(qerl_compile.__all__) - {"__version__"} == set(qerl_compile._HOMES)
 
 
-COMMANDS = ("transform", "train", "eval", "report", "generate", "export", "inspect", "diff")
+COMMANDS = ("plan", "transform", "train", "eval", "report", "generate", "export", "inspect", "diff")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -168,7 +168,7 @@ def test_no_dense_weight_survives_and_only_one_group_waits(tmp_path, monkeypatch
     save(tiny_model("llama", layers=2, dtype=torch.bfloat16), tmp_path)
     arrived: dict[str, weakref.ref] = {}
     peaks = []
-    original = loading._tensors
+    original = loading.read_tensors
 
     def watched(*args):
         for name, tensor in original(*args):
@@ -178,7 +178,7 @@ def test_no_dense_weight_survives_and_only_one_group_waits(tmp_path, monkeypatch
             yield name, tensor
             del tensor
 
-    monkeypatch.setattr(loading, "_tensors", watched)
+    monkeypatch.setattr(loading, "read_tensors", watched)
     model = eager(tmp_path)
     gc.collect()
     assert len(arrived) == 14

@@ -63,10 +63,12 @@ def test_linears_that_are_fused_already_form_no_group_in_phi3():
 
 
 def test_experts_of_a_mixture_are_no_linears():
-    """Qwen3-MoE: expert weights are 3-D parameters and stay dense; the router is seen, and is no nn.Linear."""
+    """Qwen3-MoE: expert weights are 3-D parameters, seen as stacks; the router is seen too, and is no nn.Linear."""
     config = transformers.Qwen3MoeConfig(**sizes(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
     found = facts_of(transformers.Qwen3MoeForCausalLM, config)
-    assert found == LayerFacts(linears=(*QKV, OUT, f"{LAYER}.mlp.gate"), groups=(QKV,), norms=(INPUT_NORM,))
+    stacks = tuple(f"{LAYER}.mlp.experts.{leaf}" for leaf in ("gate_up_proj", "down_proj"))
+    linears = (*QKV, OUT, f"{LAYER}.mlp.gate")
+    assert found == LayerFacts(linears=linears, groups=(QKV,), norms=(INPUT_NORM,), stacks=stacks)
 
 
 def test_norms_after_the_linears_are_not_taken_for_norms_before_them_in_olmo2():

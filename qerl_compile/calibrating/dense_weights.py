@@ -10,7 +10,8 @@ every tensor is checked for NaN and Inf as it arrives.
 What this module does not do: read packed checkpoints. Their full weights are gone, so there is nothing to calibrate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
+from contextlib import closing
 from os import PathLike
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from qerl_compile.graph import held_tensor
 from qerl_compile.layouts import layout_of
 from qerl_compile.loading import check_tensors, meta_model, model_directory, move_buffers, put_dense, usable_device
 from qerl_compile.plan import Plan
+from qerl_compile.tensor_reading import read_tensors
 from qerl_compile.transforming import refuse_unsuitable
 
 
@@ -84,23 +86,19 @@ class FromCheckpoint:
     def outside(self, plan: Plan) -> None:
         """Read everything outside the decoder layers, and move the buffers that the model computed itself."""
         inside = tuple(f"{layer}." for layer in plan.layers)
-        self._read([name for name in self.dtypes if not name.startswith(inside)])
+        self._read({name for name in self.dtypes if not name.startswith(inside)})
         move_buffers(self.model, self.device)
         self.model.tie_weights()
 
     def layer(self, path: str) -> None:
         """Read one decoder layer."""
-        self._read([name for name in self.dtypes if name.startswith(f"{path}.")])
+        self._read({name for name in self.dtypes if name.startswith(f"{path}.")})
 
-    def _read(self, names: Sequence[str]) -> None:
-        from safetensors import safe_open
-
-        for shard in dict.fromkeys(self.checkpoint.tensors[name].file for name in names):
-            with safe_open(shard, framework="pt", device=str(self.device)) as reader:
-                for name in names:
-                    if self.checkpoint.tensors[name].file == shard:
-                        tensor = finite_or_raise(name, reader.get_tensor(name), shard)
-                        put_dense(self.model, name, tensor, self.dtypes[name])
+    def _read(self, names: Collection[str]) -> None:
+        entries = {name: entry for name, entry in self.checkpoint.tensors.items() if name in names}
+        with closing(read_tensors(entries, self.device)) as tensors:
+            for name, tensor in tensors:
+                put_dense(self.model, name, finite_or_raise(name, tensor, entries[name].file), self.dtypes[name])
 
 
 def opened(

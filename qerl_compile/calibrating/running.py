@@ -20,7 +20,8 @@ memory (128 samples of 512 tokens at 4,096 channels: 1 GB).
 With text, `scales: mse` weighs a column's error by E[x_k²]; without (transform, load) all columns count alike.
 Weights are rounded from the model's dtype (`dtype`), where `load` rounds from the checkpoint's.
 
-What this module does not do: choose text, round within a layer in sequence, train scales, use several devices. A
+What this module does not do: mixtures of experts (refused), choose text, round within a layer in sequence, train
+scales, use several devices. A
 model in memory is changed in place: if a layer fails, it is lost."""
 
 import math
@@ -39,6 +40,8 @@ from qerl_compile.calibrating.layer_calls import LayerCalls
 from qerl_compile.calibrating.samples import token_rows
 from qerl_compile.calibrating.served_scales import LargestValues, input_scale
 from qerl_compile.calibrating.statistics import gathering, refuse_not_finite
+from qerl_compile.errors import ModelError
+from qerl_compile.expert_stacks import expert_stacks
 from qerl_compile.model import TransformState, become_qerl
 from qerl_compile.plan import Plan, make_plan
 from qerl_compile.recipe import CalibrationConfig, Recipe
@@ -113,6 +116,7 @@ def calibrate(
     config = recipe.calibration or CalibrationConfig()
     model, tokenizer, weights = opened(model_or_path, tokenizer, device, dtype, trust_remote_code=trust_remote_code)
     plan = make_plan(model, recipe, calibrating=True)
+    _refuse_experts(model)
     rows_ST = token_rows(texts, tokenizer, samples=config.samples, tokens=config.tokens)
     was_training = model.training and isinstance(model_or_path, nn.Module)  # one that is built here has no mode yet
     model.eval()
@@ -128,6 +132,17 @@ def calibrate(
     model.train(was_training)
     become_qerl(model, state)
     return model
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    """Refuse a mixture of experts: which tokens an expert reads is not gathered here, and files name experts apart."""
+    for name in expert_stacks(model):
+        raise ModelError(
+            where=name,
+            expected="a model whose layers are linears, for calibration",
+            got="experts stacked into one tensor",
+            do="Use transform or load with a recipe that needs no sample text.",
+        )
 
 
 class _Run:

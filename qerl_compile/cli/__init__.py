@@ -1,4 +1,4 @@
-"""The command line: `qerl-compile transform | train | eval | report | generate | export | inspect | diff`.
+"""The command line: `qerl-compile plan | transform | train | eval | report | generate | export | inspect | diff`.
 
 Each command checks its input, does one thing through the same functions that Python users call, and ends with what
 was written and the next command. Errors that a user can mend are one sentence in red and exit code 2; anything else
@@ -17,6 +17,7 @@ from qerl_compile.cli.eval import evaluate
 from qerl_compile.cli.export import export
 from qerl_compile.cli.generate import generate
 from qerl_compile.cli.inspect import inspect
+from qerl_compile.cli.plan import plan
 from qerl_compile.cli.report import report
 from qerl_compile.cli.train import train
 from qerl_compile.cli.transform import transform
@@ -45,7 +46,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (transform, train, report, generate, export, inspect, diff):
+for command in (plan, transform, train, report, generate, export, inspect, diff):
     app.command()(command)
 app.command("eval")(evaluate)  # `eval` is a name of Python's
 

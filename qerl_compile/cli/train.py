@@ -8,12 +8,19 @@ that can be judged (recipe, task, rewards, templates, tokenizer, sinks) is, befo
 anything is made.
 """
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from qerl_compile.cli.options import Device, Inner, Model, Out, RecipeName, Sets, TrustRemoteCode
+
+if TYPE_CHECKING:
+    import torch
+
+    from qerl_compile.warm_up import Rehearsal
 
 Tasks = Annotated[
     list[str],
@@ -35,6 +42,7 @@ Extract = Annotated[str | None, typer.Option(help="final, marked, first_number, 
 Adapter = Annotated[str | None, typer.Option(help="PEFT adapter directory to go on from.")]
 Teacher = Annotated[str | None, typer.Option(help="Model to distill from, with train.distill_weight above 0.")]
 Track = Annotated[list[str], typer.Option(help="Also log to tensorboard, trackio or wandb; may be repeated.")]
+Plan = Annotated[bool, typer.Option("--plan", help="Only predict what the run will take of the GPU; see `plan`.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in OUT, if there is one.")]
 
 
@@ -55,6 +63,7 @@ def train(
     teacher: Teacher = None,
     track: Track = [],  # noqa: B006
     resume: Resume = False,
+    plan: Plan = False,
     inner: Inner = "inductor",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -67,12 +76,15 @@ def train(
     refuse_output(out, resume=resume)
     from qerl_compile.adapter_files import write_adapter
     from qerl_compile.cli.hints import export_command
+    from qerl_compile.cli.plan import warn_if_too_large
     from qerl_compile.cli.recording import first_accuracy, recording
     from qerl_compile.errors import RecipeError, TaskError
     from qerl_compile.loading import load
     from qerl_compile.recipe import Recipe
     from qerl_compile.rl import checkpoints
     from qerl_compile.rl.answers import Extractor, default_extractor
+    from qerl_compile.rl.first_step import rehearse_first_step
+    from qerl_compile.rl.optimizer import check_optimizer
     from qerl_compile.rl.prompts import PromptFormat
     from qerl_compile.rl.ranks import Ranks
     from qerl_compile.rl.rewards import close_rewards, resolve_rewards
@@ -82,6 +94,7 @@ def train(
     from qerl_compile.rl.trainer import Stopped, Trainer
 
     rules = Recipe.resolve(recipe).with_overrides(set_)
+    check_optimizer(rules.train)
     if not rules.lora and adapter is None:
         raise RecipeError(
             where=f"recipe {rules.name}: lora",
@@ -113,6 +126,11 @@ def train(
             got=f"{rules.train.distill_weight:g} with --teacher {teacher}",
             do="Give --teacher MODEL and --set train.distill_weight=1, or neither.",
         )
+    if plan:
+        from qerl_compile.cli.plan import show_plan
+
+        again = shlex.join(argument for argument in ("qerl-compile", *sys.argv[1:]) if argument != "--plan")
+        raise typer.Exit(show_plan(model, rules, then=again, adapter=adapter))
     base = base_name(model)
     known_as = base if Path(model).is_dir() else model  # a relative path would not survive a change of directory
     about = Run(known_as, spec, reward, extractor, system, question, assistant_prefix, inner, reward_weight, teacher)
@@ -123,6 +141,15 @@ def train(
     try:
         ranks.share(rules.train.prompts_per_step)
         ranks.wait()  # every rank has judged OUT before rank 0 makes it
+        if ranks.is_first:
+            warn_if_too_large(model, rules, adapter=adapter)
+        rehearsals: list[Rehearsal | None] = []
+
+        def rehearse(skeleton: Any, what: Any, where: "torch.device") -> None:
+            """Kernels are compiled while weights stream in."""
+            if inner == "inductor":
+                rehearsals.append(rehearse_first_step(skeleton, what, rules.train, where, ranks=ranks.size))
+
         policy = load(
             model,
             rules,
@@ -131,6 +158,7 @@ def train(
             adapter=adapter,
             seed=rules.train.seed,
             trust_remote_code=trust_remote_code,
+            planned=rehearse,
         )
         import peft  # noqa: F401  # seconds, which a save after SIGTERM must not take
 
@@ -167,6 +195,7 @@ def train(
                 save=save,
                 stop=lambda: interrupt.requested,
                 reward_weights=reward_weight or None,
+                rehearsal=next(iter(rehearsals), None),
             )
             if found is not None:
                 notes = [f"passed over: {each.reason}" for each in rejected]

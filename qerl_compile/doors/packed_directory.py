@@ -19,6 +19,7 @@ from torch import nn
 from qerl_compile.attach import Attacher
 from qerl_compile.checkpoint_dir import open_checkpoint
 from qerl_compile.checkpoint_tensors import finite_or_raise
+from qerl_compile.errors import ModelError
 from qerl_compile.graph import held_tensor
 from qerl_compile.layouts import layout_of, positive_scalar
 from qerl_compile.loading import check_tensors, refuse_uncalled
@@ -36,6 +37,7 @@ class PackedDirectory:
 
     Raises:
         CheckpointError: the directory is damaged or hostile, or its tensors are not those of the model.
+        ModelError: it holds packed experts.
     """
 
     def __init__(self, root: Path, model: Any) -> None:
@@ -44,6 +46,15 @@ class PackedDirectory:
         self._hidden: dict[str, nn.Parameter] = {}
         self._files = {name: entry.file for name, entry in self.checkpoint.tensors.items()}
         check_tensors(model, self.checkpoint, self.layout, will_be_tied=model.all_tied_weights_keys)
+        modules = dict(model.named_modules())
+        for path in self.layout.linears:
+            if path not in modules:  # an expert; transformers would merge names that it does not find
+                raise ModelError(
+                    where=f"{root}: {path}",
+                    expected="packed linears, for from_pretrained",
+                    got="packed experts",
+                    do="Use qerl_compile.load(DIRECTORY), which returns the same model.",
+                )
 
     def hide_from(self, model: Any) -> None:
         """Take `weight` off the packed modules, so that transformers neither misses nor initialises it."""

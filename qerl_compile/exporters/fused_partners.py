@@ -52,7 +52,7 @@ def check_partners(model: nn.Module, packed: Collection[str], scalars: Mapping[s
     Raises:
         ExportError: names the parent and the members.
     """
-    for members in partners([path for path, _ in model.named_modules()]):
+    for members in partners(dict.fromkeys([*(path for path, _ in model.named_modules()), *packed])):
         parent = members[0].rpartition(".")[0]
         inside = [member for member in members if member in packed]
         if inside and len(inside) < len(members):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qerl_compile.adapter_files import TRAINED_NORM, adapters_of, trained_norms_of
 from qerl_compile.errors import ExportError, FormatError
+from qerl_compile.exporters.served_experts import dense_experts, names_of_stacks, packed_experts, routers
 from qerl_compile.formats.nvfp4 import PackedNVFP4
 from qerl_compile.graph import leaf_tensor
 from qerl_compile.model import QerlModel
@@ -55,12 +56,12 @@ class ServedState:
     """What a serving checkpoint holds; keys are module paths, or tensor names in `dense`.
 
     Attributes:
-        packed: packed linears.
+        packed: packed linears, and experts under the names that files have for them.
         global_scales: of the same linears.
         input_scales: of the same linears, or empty: activations stay in 16 bits.
         kv_scales: attention module → its (k_scale, v_scale), multipliers float32 [1]; or empty.
         dense: every other tensor, the model's own.
-        dense_linears: linears that stay dense, a tied head among them.
+        dense_linears: linears that stay dense, a tied head, routers and dense experts among them.
         embeddings: embedding tables.
     """
 
@@ -99,6 +100,7 @@ def served_state(
     _check_choice("kv_cache", kv_cache, KV_BITS)
     packed = packed_linears(model)
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears += [*routers(model), *(path for views in dense_experts(model).values() for path in views)]
     return ServedState(
         packed=packed,
         global_scales={
@@ -135,6 +137,7 @@ def packed_linears(model: nn.Module) -> dict[str, PackedNVFP4]:
             ) from None
         if weight is not None:
             packed[path] = weight
+    packed |= packed_experts(model)
     if not packed:
         raise ExportError(
             where=type(model).__name__,
@@ -147,8 +150,11 @@ def packed_linears(model: nn.Module) -> dict[str, PackedNVFP4]:
 
 def _input_scales(model: nn.Module, packed: Collection[str]) -> dict[str, Scalar]:
     scales: dict[str, Scalar] = {}
+    modules = dict(model.named_modules())
     for path in packed:
-        module = model.get_submodule(path)
+        module = modules.get(path)
+        if module is None:  # an expert
+            continue
         for direction, leaf in INPUT_SCALES.items():
             value = leaf_tensor(module, leaf)
             if value is not None:
@@ -209,6 +215,8 @@ def _dense(model: nn.Module, packed: Collection[str], *, norms_in_base: bool) ->
     leaves = ("weight", "weight_packed", "weight_scale", *GLOBAL_SCALES.values(), *INPUT_SCALES.values())
     left_out |= {f"{path}.{leaf}" for path in packed for leaf in leaves}
     left_out |= {f"{path}.{leaf}" for path, _ in model.named_modules() for leaf in CACHE_SCALES}
+    left_out |= names_of_stacks(model)
+    experts = dense_experts(model)
     tied = _is_tied(model)
     dense: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -217,8 +225,10 @@ def _dense(model: nn.Module, packed: Collection[str], *, norms_in_base: bool) ->
         if name in left_out or (tied and id(tensor) in seen):
             continue
         seen.add(id(tensor))
-        dense[name] = served.get(name, tensor).detach()
-        _check_finite(name, dense[name])
+        views = {f"{path}.weight": view for path, view in experts.get(name, {}).items()}
+        for each, value in (views or {name: served.get(name, tensor).detach()}).items():
+            dense[each] = value
+            _check_finite(each, value)
     return dense
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from qerl_compile.errors import ExportError
 from qerl_compile.exporters.card import write_card
@@ -31,6 +30,7 @@ from qerl_compile.exporters.fused_partners import check_partners
 from qerl_compile.exporters.model_config import write_model_config
 from qerl_compile.exporters.schemas import check_schema, split_target
 from qerl_compile.exporters.served_card import served_card
+from qerl_compile.exporters.served_experts import refuse_nameless_stacks
 from qerl_compile.exporters.served_state import DENSE_DTYPE, ServedState, served_state
 from qerl_compile.exporters.shards import Entry, in_model_order, write_shards
 from qerl_compile.passes.quantize import Direction
@@ -88,8 +88,9 @@ def write_checkpoint(
         kv_cache: "16" or "8" bits; 8 needs calibrated scales of keys and values.
 
     Raises:
-        ExportError: nothing is packed, fused partners disagree, NaN or Inf, scales that are missing, stacked experts,
-            an engine that does not accept the result, a shard size that is no number of bytes, or `out_dir` exists.
+        ExportError: nothing is packed, fused partners disagree, NaN or Inf, scales that are missing, experts
+            without names, an engine that does not accept the result, a shard size that is no number of bytes, or
+            `out_dir` exists.
     """
     refuse_existing(out_dir)
     split_target(target)
@@ -99,7 +100,7 @@ def write_checkpoint(
             where="shard_size_bytes", expected="a finite number of at least 1", got=repr(shard_size_bytes), do=do
         )
     if layout.for_engines:
-        _refuse_stacked_experts(model)
+        refuse_nameless_stacks(model)
     state = served_state(model, norms_in_base=norms_in_base, activations=activations, kv_cache=kv_cache)
     check_partners(model, state.packed, state.numbers(layout.direction))
     entries = in_model_order(model, layout.entries(state))
@@ -131,25 +132,6 @@ def dense_entries(state: ServedState) -> dict[str, Entry]:
         name: Entry.of(tensor, DENSE_DTYPE if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in state.dense.items()
     }
-
-
-def _refuse_stacked_experts(model: nn.Module) -> None:
-    """Refuse parameters [E, N, K]: transformers keeps experts stacked, under names that no engine reads.
-
-    Its save_pretrained takes them apart again. A state_dict that is written as it is would be a checkpoint of another
-    model, and `ignore` would have to name linears that do not exist here.
-    """
-    for path, module in model.named_modules():
-        if isinstance(module, _ConvNd):
-            continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 2:
-                raise ExportError(
-                    where=f"{path}.{leaf}",
-                    expected="matrices, under the names of the published checkpoint",
-                    got=f"experts stacked into one tensor {list(parameter.shape)}",
-                    do="Serve mixture-of-experts models from their own checkpoint, with the adapter (target peft).",
-                )
 
 
 def _refuse_problems(stage: Path, target: str) -> None:

@@ -56,7 +56,14 @@ class Entry:
 def in_model_order(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Sort entries by the module they belong to; entries of one module keep their order."""
     place = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    return dict(sorted(entries.items(), key=lambda item: place[item[0].rpartition(".")[0]]))
+
+    def module_of(name: str) -> int:
+        path = name.rpartition(".")[0]
+        while path not in place:  # an expert, which is no module of its own
+            path = path.rpartition(".")[0]
+        return place[path]
+
+    return dict(sorted(entries.items(), key=lambda item: module_of(item[0])))
 
 
 def write_shards(entries: Mapping[str, Entry], directory: Path, shard_size_bytes: int) -> None:

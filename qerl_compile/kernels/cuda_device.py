@@ -1,6 +1,9 @@
 """The GPU that a kernel runs on: what is asked of it, and making it the current one.
 
 Triton launches on the current device and not on that of the tensors. Importing this costs nothing.
+
+Meta tensors lie on no device. Where kernels are only compiled (rehearsal.py), `stand_in` says what is to be answered
+for them.
 """
 
 from collections.abc import Callable
@@ -13,9 +16,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_stand_ins: list[tuple[tuple[int, int], int]] = []
+
+
+def stand_in(capability: tuple[int, int], multiprocessors: int) -> None:
+    """Answer for tensors on no device as such a GPU would, in this process for good."""
+    _stand_ins[:] = [(capability, multiprocessors)]
+    capability_and_multiprocessors.cache_clear()
+
+
 @cache
-def capability_and_multiprocessors(index: int) -> tuple[tuple[int, int], int]:
+def capability_and_multiprocessors(index: int | None) -> tuple[tuple[int, int], int]:
     """Compute capability of a device, and how many multiprocessors it has."""
+    if index is None and _stand_ins:
+        return _stand_ins[0]
     properties = torch.cuda.get_device_properties(index)
     return (properties.major, properties.minor), properties.multi_processor_count
 

@@ -198,6 +198,6 @@ def lora_down(x_MK: Tensor, a_RK: Tensor, choice: dict[str, Any] | None = None) 
     r = a_RK.shape[0]
     few = 0 < m <= FEW_TOKENS or (0 < m <= MOST_TOKENS and k <= MOST_COLUMNS)
     fits = x_MK.dtype == a_RK.dtype == torch.bfloat16 and few and 0 < r <= MOST_RANK and k > 0
-    if not (fits and x_MK.is_cuda and k % 16 == r % 16 == 0 and x_MK.stride(1) == a_RK.stride(1) == 1):
+    if not (fits and not x_MK.is_cpu and k % 16 == r % 16 == 0 and x_MK.stride(1) == a_RK.stride(1) == 1):
         return F.linear(x_MK, a_RK)
     return launch(x_MK, a_RK, config(m, k) | (choice or {}))

@@ -67,6 +67,8 @@ def turn(device: torch.device) -> threading.Lock:
 
 
 def _here(device: torch.device) -> Place:
+    if device.type == "meta":  # compiled and not launched (rehearsal.py)
+        return -1, 0
     index = torch.cuda.current_device() if device.index is None else device.index
     return index, stream_of(index)
 

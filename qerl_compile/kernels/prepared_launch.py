@@ -27,6 +27,8 @@ descriptor. No tensor is kept alive by it.
 Not seen after a form is prepared: changes of Triton's debug and instrumentation settings and of module constants. A
 CPU tensor among the arguments gets a key of its own and thus Triton's error. Interpreter, other releases of Triton and
 attached profilers take the public launch (launch_internals.py).
+
+In a process that only compiles (rehearsal.py) launches are handed to a `Recorder` instead.
 """
 
 # pyright: basic, reportArgumentType=false
@@ -41,7 +43,7 @@ from torch import Tensor
 from qerl_compile.kernels import launch_internals as internals
 from qerl_compile.kernels.nvfp4_workspace import stream_of
 
-__all__ = ["Box", "BoxKind", "prepare"]
+__all__ = ["Box", "BoxKind", "Recorder", "prepare", "record"]
 
 MOST_KEYS = 4096  # of one form: values of M, strides and addresses; about 1 KB each
 MOST_BOXES = 16384  # of one argument: more than a model has weights; about 0.5 KB each
@@ -69,6 +71,18 @@ class _Prepared(NamedTuple):
     encoded: tuple[dict[tuple[object, ...], tuple[object, ...]], ...]  # per TMA argument
 
 
+Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+"""Receives a kernel, its arguments as Triton takes them, and its constexpr parameters and launch options."""
+
+_recorders: list[Recorder] = []
+
+
+def record(recorder: Recorder) -> None:
+    """Launch nothing in this process from here on: hand every launch to `recorder`."""
+    _recorders[:] = [recorder]
+    prepare.cache_clear()
+
+
 @lru_cache(maxsize=4096, typed=True)
 def prepare(kernel: Any, **constants: Any) -> "_Form":
     """The kernel with its constexpr arguments and launch options, ready for `(grid, *arguments)`.
@@ -90,7 +104,7 @@ class _Form:
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
         self.kernel = kernel
         self.constants = constants
-        self.usable = internals.AVAILABLE and internals.jit_function(kernel)
+        self.usable = not _recorders and internals.AVAILABLE and internals.jit_function(kernel)
         if self.usable:
             plain = [p for p in kernel.params if not p.is_constexpr]
             # whether an integer argument's value matters; a parameter that is specialized in part counts as a whole
@@ -126,7 +140,9 @@ class _Form:
         raw.launch(x, y, z, stream_of(device), *raw.fixed, *boxes, *flat, *raw.constants)
 
     def _public(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> object:
-        plain = (_descriptor(a) if type(a) is Box else a for a in arguments)
+        plain = tuple(_descriptor(a) if type(a) is Box else a for a in arguments)
+        if _recorders:
+            return _recorders[0](self.kernel, plain, self.constants)
         return self.kernel[grid](*plain, **self.constants)
 
     def _learn(self, key: tuple[object, ...], compiled: object, boxes: int) -> None:

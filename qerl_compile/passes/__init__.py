@@ -3,6 +3,8 @@
     training graphs   trained norms → noise → lora → fuse → quantize → fake quantize → sparsify → recompute
     rollout graphs    trained norms → noise → fuse → quantize → fake quantize → sparsify → adapt → residual → rotary
 
+and in both, for models with packed experts, experts after quantize.
+
 A pass is two things (architecture.md, decision 4): `state`, which says what a module owns afterwards, and `__call__`,
 which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and
 never asks for a model family: it matches by graph fact (this linear's weight, the linears that share this input) and
@@ -13,6 +15,7 @@ from collections.abc import Callable
 
 from qerl_compile.graph import Program
 from qerl_compile.passes.adapt import Adapt
+from qerl_compile.passes.experts import Experts
 from qerl_compile.passes.fake_quantize import FakeQuantize
 from qerl_compile.passes.fuse import Fuse
 from qerl_compile.passes.lora import LoRA, LoraSite
@@ -29,6 +32,7 @@ Pass = Callable[[Program], None]
 
 __all__ = [
     "Adapt",
+    "Experts",
     "FakeQuantize",
     "Fuse",
     "LoRA",

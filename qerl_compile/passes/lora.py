@@ -69,4 +69,5 @@ def _cast_like(program: Program, name: str, x: fx.Node) -> fx.Node:
     example = x.meta.get("example_value")
     if isinstance(example, Tensor) and example.dtype == torch.float32:
         return weight
-    return program.call(torch.Tensor.type_as, weight, x)
+    # not torch.Tensor.type_as: AOTAutograd caches no graph that calls a method by its descriptor
+    return program.call(torch.ops.aten.type_as.default, weight, x)

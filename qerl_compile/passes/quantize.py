@@ -137,15 +137,23 @@ def _global_scale(module: nn.Module) -> tuple[Direction, Tensor]:
 def share_storage(members: Sequence[nn.Module]) -> None:
     """Lay the packed tensors of a fused group one after another and make the members' own tensors row slices of them.
 
-    The group's memory is allocated once more while it is copied, and freed at once: two or three projections.
+    The group's memory is allocated once more while it is copied, and freed at once: two or three projections. A group
+    that lies so already is left as it is.
     """
     for own, fused in (("weight_packed", "fused_packed"), ("weight_scale", "fused_scale")):
         lay_together(members, own, fused)
 
 
-def lay_together(members: Sequence[nn.Module], own: str, fused: str) -> None:
-    """Give the first member a buffer `fused` with the rows of all, of which the Parameters `own` become slices."""
+def lay_together(members: Sequence[nn.Module], own: str, fused: str) -> bool:
+    """Give the first member a buffer `fused` with the rows of all, of which the Parameters `own` become slices.
+
+    Returns:
+        Whether it was done; not if they lie so already.
+    """
     parts = [module.get_parameter(own) for module in members]
+    whole = leaf_tensor(members[0], fused)
+    if whole is not None and _are_slices(parts, whole):
+        return False
     # torch concatenates no float8
     whole = torch.cat([part.data.view(torch.uint8) for part in parts]).view(parts[0].dtype)
     members[0].register_buffer(fused, whole, persistent=False)
@@ -153,3 +161,14 @@ def lay_together(members: Sequence[nn.Module], own: str, fused: str) -> None:
     for part in parts:
         part.data = whole[start : start + part.shape[0]]
         start += part.shape[0]
+    return True
+
+
+def _are_slices(parts: Sequence[Tensor], whole: Tensor) -> bool:
+    start = 0
+    for part in parts:
+        same_storage = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        if not same_storage or part.storage_offset() != start:
+            return False
+        start += part.numel()
+    return True

@@ -17,7 +17,12 @@ compiled layers have a graph for each mode and this way the one they need anyway
 
 What it cannot see: a step that changes nothing on the rows of the trial and something later.
 
-Shapes: N completion tokens, n some of them, B rows, S = prompt + completion positions, C completion width, D hidden
+**No mask.** A micro-batch has its prompts padded on the left, so that completions begin in one column. The model gets
+every row from its first token on, padding behind it, and no mask: nothing that is causal looks ahead. A mask would cost
+a graph of its own beside that for rows which need none, a [B, 1, S, S] of memory, repeated key-value heads, and the
+kernels of attention that skip what lies above the diagonal. Columns that are padding in every row are left out.
+
+Shapes: N completion tokens, n some of them, B rows, L longest row (prompt and completion), C completion width, D hidden
 width, V vocabulary.
 """
 
@@ -33,7 +38,7 @@ from torch import Tensor
 
 from qerl_compile.peft_face import PeftFace
 from qerl_compile.rl.policy_batch import MicroBatch
-from qerl_compile.rl.rollout.padding import last_positions, positions
+from qerl_compile.rl.rollout.padding import last_positions
 
 # Names in transformers 5.23: Cohere, Falcon-H1, Muse, HyperCLOVA X; Granite; Gemma 2 to 4, nanochat.
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
@@ -92,23 +97,53 @@ def completion_logits(model: Any, batch: MicroBatch) -> CompletionLogits:
         model: a causal LM, transformed or not.
         batch: B rows.
     """
-    columns = batch.mask_BC.shape[1]
     transform = _transform_of(model, batch)
+    rows = _Rows.of(batch)
+    row_N, column_N = batch.mask_BC.nonzero(as_tuple=True)
+    first_B = batch.ids_BS.shape[1] - batch.mask_BC.shape[1] - 1 - rows.start_B  # predicts the row's first token
+    at_N = first_B[row_N] + column_N
     if transform is None:
-        kept_B = last_positions(batch.ids_BS, columns + 1)
-        logits_BCV = model(**_inputs(batch), logits_to_keep=kept_B).logits[:, :-1]
-        logits_NV = _select(logits_BCV, batch.mask_BC)
+        before = int(first_B.min())
+        logits_BKV = model(
+            **rows.inputs, logits_to_keep=last_positions(rows.ids_BL, rows.ids_BL.shape[1] - before)
+        ).logits
+        logits_NV = _select(logits_BKV, row_N, at_N - before)
         return CompletionLogits(logits_NV, lambda logits_nV: logits_nV, logits_NV.shape[1])
-    hidden_BSD = model.get_decoder()(**_inputs(batch))[0]
-    before = batch.ids_BS.shape[1] - columns - 1
-    mask_BS = torch.nn.functional.pad(batch.mask_BC, (before, 1))
+    hidden_BLD = model.get_decoder()(**rows.inputs)[0]
     head = _head(model)
 
     def logits(hidden_nD: Tensor) -> Tensor:
         # With a row dimension, because a head that is compiled has its leading two marked dynamic.
         return transform(head(hidden_nD[None])[0])
 
-    return CompletionLogits(_select(hidden_BSD, mask_BS), logits, head.weight.shape[0])
+    return CompletionLogits(_select(hidden_BLD, row_N, at_N), logits, head.weight.shape[0])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A micro-batch, or a part of it, as the model gets it: each row from its first token on.
+
+    Attributes:
+        ids_BL: int64.
+        start_B: int64, columns of the micro-batch before the row's first token.
+    """
+
+    ids_BL: Tensor
+    start_B: Tensor
+
+    @classmethod
+    def of(cls, batch: MicroBatch, rows: slice = slice(None)) -> "_Rows":
+        ids_BS, attention_BS = batch.ids_BS[rows], batch.attention_BS[rows]
+        start_B = attention_BS.argmax(1)  # the first of equals
+        column_L = torch.arange(int(attention_BS.sum(1).max()), device=ids_BS.device)
+        column_BL = (start_B[:, None] + column_L).clamp(max=ids_BS.shape[1] - 1)
+        return cls(ids_BS.gather(1, column_BL), start_B)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        count, width = self.ids_BL.shape
+        positions_BL = torch.arange(width, device=self.ids_BL.device).repeat(count, 1)
+        return {"input_ids": self.ids_BL, "position_ids": positions_BL, "use_cache": False}
 
 
 def _head(model: Any) -> Any:
@@ -122,20 +157,9 @@ def _head(model: Any) -> Any:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def _select(values_BSX: Tensor, mask_BS: Tensor) -> Tensor:
-    """Return the rows of the mask, [N, X], contiguous."""
-    index_N = mask_BS.flatten().nonzero().squeeze(1)
-    return values_BSX.flatten(0, 1).index_select(0, index_N)
-
-
-def _inputs(batch: MicroBatch, rows: slice = slice(None)) -> dict[str, Any]:
-    attention_BS = batch.attention_BS[rows]
-    return {
-        "input_ids": batch.ids_BS[rows],
-        "attention_mask": attention_BS,
-        "position_ids": positions(attention_BS),
-        "use_cache": False,
-    }
+def _select(values_BLX: Tensor, row_N: Tensor, column_N: Tensor) -> Tensor:
+    """Return one line per completion token, [N, X], contiguous."""
+    return values_BLX.flatten(0, 1).index_select(0, row_N * values_BLX.shape[1] + column_N)
 
 
 _decided: "weakref.WeakKeyDictionary[Any, tuple[list[LogitTransform], LogitTransform | None]]" = (
@@ -149,11 +173,12 @@ def _transform_of(model: Any, batch: MicroBatch) -> LogitTransform | None:
     if model not in _decided or _decided[model][0] != candidates:
         chosen = None
         if candidates:
-            kept = _trial_positions(batch)
-            want_rnV = model(**_inputs(batch, slice(TRIAL_ROWS)), logits_to_keep=kept).logits.detach()
+            rows = _Rows.of(batch, slice(TRIAL_ROWS))
+            kept = _trial_positions(rows)
+            want_rnV = model(**rows.inputs, logits_to_keep=kept).logits.detach()
             if not want_rnV.any() or want_rnV.isnan().any():
                 return None
-            chosen = _closest(model, batch, candidates, want_rnV)
+            chosen = _closest(model, rows, candidates, want_rnV)
         _decided[model] = (candidates, chosen)
         if chosen is None:
             warnings.warn(
@@ -164,8 +189,8 @@ def _transform_of(model: Any, batch: MicroBatch) -> LogitTransform | None:
     return _decided[model][1]
 
 
-def _trial_positions(batch: MicroBatch) -> Tensor:
-    return last_positions(batch.ids_BS, batch.mask_BC.shape[1] + 1)[:TRIAL_TOKENS]
+def _trial_positions(rows: _Rows) -> Tensor:
+    return last_positions(rows.ids_BL, min(TRIAL_TOKENS, rows.ids_BL.shape[1]))
 
 
 def _candidates(model: Any) -> list[LogitTransform]:
@@ -181,15 +206,13 @@ def _candidates(model: Any) -> list[LogitTransform]:
     return [LogitTransform(**scaling, **squash) for squash, scaling in itertools.product([*caps, {}], scalings)]
 
 
-def _closest(
-    model: Any, batch: MicroBatch, candidates: list[LogitTransform], want_rnV: Tensor
-) -> LogitTransform | None:
+def _closest(model: Any, rows: _Rows, candidates: list[LogitTransform], want_rnV: Tensor) -> LogitTransform | None:
     """Return the candidate that gives the model's own logits [rows, tokens, V] of the trial, or None."""
     try:
-        hidden_rSD = model.get_decoder()(**_inputs(batch, slice(TRIAL_ROWS)))[0].detach()
+        hidden_rLD = model.get_decoder()(**rows.inputs)[0].detach()
     except TypeError:  # it does not take what the whole model takes
         return None
-    head_rnV = _head(model)(hidden_rSD[:, _trial_positions(batch)]).detach()
+    head_rnV = _head(model)(hidden_rLD[:, _trial_positions(rows)]).detach()
     if head_rnV.shape != want_rnV.shape:
         return None
     finite = want_rnV.isfinite()

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from qerl_compile.adapter_files import trained_norms_of
 from qerl_compile.errors import ModelError, NotFiniteError
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl.answers import Extractor
@@ -34,21 +33,25 @@ from qerl_compile.rl.collecting import Experience, Round, collect
 from qerl_compile.rl.diagnosis import Diagnosis, Sample, Watch
 from qerl_compile.rl.dump import dump_batch
 from qerl_compile.rl.evaluate import Evaluation, evaluate
+from qerl_compile.rl.first_step import rehearse_first_step
 from qerl_compile.rl.noise_schedule import NoiseSchedule
+from qerl_compile.rl.optimizer import make_optimizer
 from qerl_compile.rl.parity import PROMPTS, check_parity
 from qerl_compile.rl.prompts import PromptFormat, as_completion, end_token_ids, pad_token_id
 from qerl_compile.rl.ranks import Ranks
 from qerl_compile.rl.rewards import RewardFunction, score
 from qerl_compile.rl.rewards.calling import reward_name
 from qerl_compile.rl.rollout import PagedSampler, Sampler, Sampling
+from qerl_compile.rl.rollout.memory import CACHE_SHARE
 from qerl_compile.rl.seeds import derive_seed
 from qerl_compile.rl.step_metrics import memory_metrics
 from qerl_compile.rl.tasks import Task, columns
 from qerl_compile.rl.tasks.curriculum import Curriculum
 from qerl_compile.rl.updating import Updater
 from qerl_compile.transforming import resample_noise, state_of
+from qerl_compile.warm_up import Rehearsal
 
-TRAINING_SHARE = 0.5  # of the free memory for the key-value cache: the update needs the other half
+TRAINING_SHARE = 0.5  # of the free memory for a key-value cache that is kept: the update needs the other half
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -83,6 +86,7 @@ class Trainer:
         save: writes a checkpoint of this trainer; called every `checkpoint_every` steps and when the run stops early.
         stop: whether the run should stop; asked between phases.
         reward_weights: a factor for each reward function; None for 1.
+        rehearsal: kernels of the first step that are being compiled already; None to start that now (first_step.py).
     """
 
     model: Any
@@ -102,6 +106,7 @@ class Trainer:
     save: "Callable[[Trainer], None] | None" = None
     stop: Callable[[], bool] | None = None
     reward_weights: Sequence[float] | None = None
+    rehearsal: Rehearsal | None = None
 
     def __post_init__(self) -> None:
         if full := state_of(self.model).plan.trained_weights:
@@ -128,7 +133,11 @@ class Trainer:
                 do="Pass --teacher MODEL, or set train.distill_weight=0.",
             )
         self.ranks.share(self.config.prompts_per_step)
-        self.optimizer = self._optimizer()
+        state = state_of(self.model)
+        if self.rehearsal is None and self.sampler is None and state.inner == "inductor":
+            device = self.parameters[0].device
+            self.rehearsal = rehearse_first_step(self.model, state.plan, self.config, device, ranks=self.ranks.size)
+        self.optimizer = make_optimizer(self.model, self.parameters, self.config)
         self.schedule = NoiseSchedule.of(self.recipe.noise, self.config.steps)
         self.noise_sites = len(state_of(self.model).plan.noise)
         self.held_out = self.task.held_out(self.config.eval_size)
@@ -139,24 +148,19 @@ class Trainer:
         self.watch = Watch(self.extractor if extracts else None)
         gib = self.config.rollout_memory_gib
         budget_bytes = None if gib is None else int(gib * 2**30)
+        share = TRAINING_SHARE if self.config.rollout_cache == "kept" else CACHE_SHARE
         self.engine = self.sampler or PagedSampler(
-            self.model, rows=self.config.rollout_batch, budget_bytes=budget_bytes, share=TRAINING_SHARE
+            self.model, rows=self.config.rollout_batch, budget_bytes=budget_bytes, share=share
         )
+        if self.config.rollout_cache == "freed" and not isinstance(self.engine, PagedSampler):
+            raise ModelError(
+                where="train.rollout_cache=freed",
+                expected="our own rollout engine, whose cache can be given back",
+                got=type(self.engine).__name__,
+                do="Set train.rollout_cache=kept.",
+            )
         self.updater = Updater(
             self.model, self.parameters, self.optimizer, self.config, self.pad_id, self.ranks, self.teacher
-        )
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Return AdamW; weight decay pulls factors of LoRA towards zero, and must not pull norm weights there."""
-        of_norms = {id(weight_D) for weight_D in trained_norms_of(self.model).values()}
-        factors = [parameter for parameter in self.parameters if id(parameter) not in of_norms]
-        norms = [parameter for parameter in self.parameters if id(parameter) in of_norms]
-        groups = [{"params": factors}, {"params": norms, "weight_decay": 0.0}]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.config.learning_rate,
-            betas=self.config.betas,
-            weight_decay=self.config.weight_decay,
         )
 
     def go_on(self, progress: Progress) -> None:
@@ -234,6 +238,7 @@ class Trainer:
             self._check_stop()
             if self.recipe.noise is None or not self.recipe.noise.in_update:
                 resample_noise(self.model, 0.0)
+            row |= self._free_cache()
             update = self.updater.update(step, experience)
             finite = update.finite
             measured = {**experience.metrics, **update.metrics, **self._times(start, rolled_out, experience)}
@@ -278,6 +283,11 @@ class Trainer:
             return Round(rows, rollouts, texts, scores)
 
         return collect(play, self.config, self.ranks, self.progress.cursor)
+
+    def _free_cache(self) -> dict[str, int]:
+        if self.config.rollout_cache == "kept" or not isinstance(self.engine, PagedSampler):
+            return {}
+        return {"rollout/freed_bytes": self.engine.release()}
 
     def _add_noise(self, step: int) -> dict[str, float | int]:
         if self.schedule is None:

@@ -224,7 +224,14 @@ class Updater:
             where="update",
             expected=f"memory for one sequence of {batch.ids_BS.shape[1]} tokens",
             got=reason.splitlines()[0],
-            do="Set train.recompute=true." if not self.config.recompute else "Lower train.max_new_tokens.",
+            do=self._what_frees_memory(),
+        )
+
+    def _what_frees_memory(self) -> str:
+        if not self.config.recompute:
+            return "Set train.recompute=true."
+        return (
+            "Set train.rollout_cache=freed." if self.config.rollout_cache == "kept" else "Lower train.max_new_tokens."
         )
 
     def _backward(self, batch: MicroBatch, totals: StepTotals) -> tuple[_Part, Tensor]:

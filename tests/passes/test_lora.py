@@ -65,12 +65,12 @@ x: bfloat16[3, 16] = input
 up_weight: bfloat16[8, 16] = weight up.weight
 linear: bfloat16[3, 8] = linear(x, up_weight, None)
 up_lora_a: float32[2, 16] = weight up.lora_A
-type_as: bfloat16[2, 16] = type_as(up_lora_a, x)
-linear_1: bfloat16[3, 2] = linear(x, type_as, None)
+type_as_default: bfloat16[2, 16] = aten.type_as(up_lora_a, x)
+linear_1: bfloat16[3, 2] = linear(x, type_as_default, None)
 mul: bfloat16[3, 2] = mul(linear_1, 1.5)
 up_lora_b: float32[8, 2] = weight up.lora_B
-type_as_1: bfloat16[8, 2] = type_as(up_lora_b, x)
-linear_2: bfloat16[3, 8] = linear(mul, type_as_1, None)
+type_as_default_1: bfloat16[8, 2] = aten.type_as(up_lora_b, x)
+linear_2: bfloat16[3, 8] = linear(mul, type_as_default_1, None)
 add: bfloat16[3, 8] = add(linear, linear_2)
 relu: bfloat16[3, 8] = relu(add)
 return (relu,)""",

@@ -3,6 +3,7 @@
 import gc
 import math
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 from weakref import ref
 
@@ -52,7 +53,7 @@ def whole_log_softmax(model, batch, temperature):
 
 
 def whole(model, batch, temperature):
-    """The two numbers from logits [B, C, V], 0 outside the mask."""
+    """The two numbers from logits [B, C, V], 0 outside the mask; padding under a mask, so rounded otherwise."""
     logp_BCV = whole_log_softmax(model, batch, temperature)
     logp_BC = logp_BCV.gather(2, batch.ids_BS[:, -batch.mask_BC.shape[1] :, None]).squeeze(2)
     entropy_BC = torch.distributions.Categorical(logits=logp_BCV.detach()).entropy()
@@ -74,7 +75,7 @@ def assert_equals_whole_logits(model, batch, chunk_bytes, gradient_tolerance):
         warnings.filterwarnings("error", message=".*known function.*")
         got_BC, entropy_BC = token_logps(model, batch, 0.7, chunk_bytes=chunk_bytes)
     assert got_BC.dtype == entropy_BC.dtype == torch.float32
-    torch.testing.assert_close(got_BC, want_BC, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got_BC, want_BC, rtol=1e-6, atol=3e-6)
     torch.testing.assert_close(entropy_BC, want_entropy_BC, rtol=0, atol=5e-6)
     got = gradients(model, got_BC)
     assert got.keys() == want.keys()
@@ -87,13 +88,14 @@ def assert_equals_whole_logits(model, batch, chunk_bytes, gradient_tolerance):
 @pytest.mark.parametrize("chunk_bytes", [ONE_TOKEN, FIVE_TOKENS, ALL_TOKENS])
 @pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_chunks_give_values_and_gradients_of_whole_logits(family, chunk_bytes):
-    assert_equals_whole_logits(tiny_model(family), one_batch(), chunk_bytes, 2e-6)
+    assert_equals_whole_logits(tiny_model(family), one_batch(), chunk_bytes, 5e-6)
 
 
 @pytest.mark.parametrize("chunk_bytes", [FIVE_TOKENS, ALL_TOKENS])
 def test_bfloat16_logits_are_rounded_where_the_model_rounds_them(chunk_bytes):
     model = tiny_model("llama", dtype=torch.bfloat16)
-    assert_equals_whole_logits(model, one_batch(), chunk_bytes, 2**-6)
+    batch = one_batch(rollouts([(5, 9)] * 3))  # without padding, or the oracle's mask would round attention otherwise
+    assert_equals_whole_logits(model, batch, chunk_bytes, 2**-6)
 
 
 HEADS = {
@@ -110,7 +112,7 @@ def test_a_head_that_is_a_site_is_called_through_its_graph(kind):
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
                 parameter.normal_(0, 0.05)
-    assert_equals_whole_logits(model, one_batch(), FIVE_TOKENS, 2e-6)
+    assert_equals_whole_logits(model, one_batch(), FIVE_TOKENS, 5e-6)
     adapted = {name for name, p in model.named_parameters() if name.startswith("lm_head.lora") and p.grad is not None}
     assert len(adapted) == (2 if "adapted" in kind else 0)
 
@@ -141,12 +143,12 @@ def test_what_families_do_after_the_head_is_found_out(name, numbers):
     model, batch = family(name, **numbers), one_batch()
     hidden = model.get_decoder()(input_ids=batch.ids_BS)[0]
     assert not torch.allclose(model.lm_head(hidden), model(input_ids=batch.ids_BS).logits, rtol=0.2)
-    assert_equals_whole_logits(model, batch, FIVE_TOKENS, 2e-6)
+    assert_equals_whole_logits(model, batch, FIVE_TOKENS, 5e-6)
 
 
 def test_a_model_whose_layers_lie_elsewhere_is_found_out():
     config = transformers.GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    assert_equals_whole_logits(made(transformers.GPT2LMHeadModel, config), one_batch(), FIVE_TOKENS, 2e-6)
+    assert_equals_whole_logits(made(transformers.GPT2LMHeadModel, config), one_batch(), FIVE_TOKENS, 5e-6)
 
 
 class Shifted(transformers.LlamaForCausalLM):
@@ -168,7 +170,7 @@ def test_an_unknown_step_after_the_head_takes_whole_logits_and_warns_once():
     with pytest.warns(UserWarning, match=r"Shifted: its logits are no known function of its head's output") as caught:
         got_BC, entropy_BC = token_logps(model, batch, 0.7, chunk_bytes=FIVE_TOKENS)
     assert [warning.filename for warning in caught if "Shifted" in str(warning.message)] == [__file__]
-    torch.testing.assert_close(got_BC, want_BC, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got_BC, want_BC, rtol=0, atol=3e-6)
     torch.testing.assert_close(entropy_BC, want_entropy_BC, rtol=0, atol=5e-6)
     want, got = gradients(model, want_BC), gradients(model, got_BC)
     for name, gradient in want.items():
@@ -182,7 +184,7 @@ def test_a_number_that_is_changed_after_the_first_batch_is_noticed():
     model, batch = family("Granite", logits_scaling=3.0), one_batch()
     token_logps(model, batch, 0.7)
     model.config.logits_scaling = 2.0
-    assert_equals_whole_logits(model, batch, FIVE_TOKENS, 2e-6)
+    assert_equals_whole_logits(model, batch, FIVE_TOKENS, 5e-6)
 
 
 @pytest.mark.parametrize("spoilt", [math.nan, 0.0])
@@ -196,7 +198,7 @@ def test_logits_that_say_nothing_decide_nothing(spoilt):
     want = -math.log(128) if spoilt == 0 else math.nan
     assert logp_BC[batch.mask_BC].tolist() == pytest.approx([want] * 26, nan_ok=True)
     model.lm_head.weight.data.copy_(head)
-    assert_equals_whole_logits(model, batch, FIVE_TOKENS, 2e-6)
+    assert_equals_whole_logits(model, batch, FIVE_TOKENS, 5e-6)
 
 
 def test_what_was_decided_does_not_keep_a_model_alive():
@@ -283,15 +285,30 @@ def test_padding_does_not_go_through_the_head():
     assert logp_BC[~batch.mask_BC].tolist() == entropy_BC[~batch.mask_BC].tolist() == [0.0] * 22
 
 
-def test_positions_given_to_the_model_are_those_of_each_row_alone():
+def test_the_model_gets_each_row_from_its_first_token_on_without_a_mask_and_without_columns_of_padding():
     model, batch = tiny_model("llama", layers=1), one_batch(rollouts([(4, 3), (1, 5)]))
     token_logps(model, batch, 1.0)
+    assert batch.ids_BS.shape == (2, 4 + 5)
     seen = []
-    hook = model.model.register_forward_pre_hook(lambda *given: seen.append(given[2]["position_ids"]), with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
     token_logps(model, batch, 1.0)
     hook.remove()
     assert len(seen) == 1
-    assert seen[0][batch.attention_BS.bool()].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 6]
+    assert seen[0].get("attention_mask") is None
+    assert seen[0]["position_ids"].tolist() == [list(range(7))] * 2
+    rows = [[*r.prompt_ids, *r.completion_ids] for r in (rollouts([(4, 3), (1, 5)])[i] for i in batch.rows)]
+    assert [ids[: len(row)] for ids, row in zip(seen[0]["input_ids"].tolist(), rows, strict=True)] == rows
+
+
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_what_lies_behind_a_row_is_never_seen(family):
+    model, batch = tiny_model(family), one_batch()
+    want = token_logps(model, batch, 1.0)
+    real_BS = batch.attention_BS.bool()
+    for token in (1, 77):
+        other = replace(batch, ids_BS=torch.where(real_BS, batch.ids_BS, token))
+        for one, two in zip(want, token_logps(model, other, 1.0), strict=True):
+            assert torch.equal(one, two)
 
 
 def test_a_batch_without_completion_tokens_gives_zeros_and_zero_gradients():

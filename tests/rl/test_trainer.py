@@ -297,3 +297,36 @@ def test_every_step_takes_the_next_prompts_of_the_run():
         trainer.step(step)
     assert [position for _, position in asked] == list(range(9))
     assert {seed for seed, _ in asked} == {derive_seed(5, "train")}
+
+
+def test_a_cache_that_is_freed_before_each_update_changes_nothing_but_the_memory_of_the_update(monkeypatch):
+    ends = {}
+    for kept in ("kept", "freed"):
+        recipe = toy_recipe(train__rollout_cache=kept, train__steps=3, train__eval_every=1, train__max_new_tokens=3)
+        trainer, rows = toy_trainer(recipe)
+        held = []
+
+        def noting(step, experience, update=trainer.updater.update, engine=trainer.engine, held=held):
+            held.append(engine._cache is not None)
+            return update(step, experience)
+
+        monkeypatch.setattr(trainer.updater, "update", noting)
+        trainer.train()
+        freed = [row.pop("rollout/freed_bytes", None) for row in steps_of(rows)]
+        assert freed == [row["rollout/cache_bytes"] if kept == "freed" else None for row in steps_of(rows)]
+        assert held == [kept == "kept"] * 3
+        assert trainer.engine._cache is not None  # the last evaluation's
+        ends[kept] = ([p.detach().clone() for p in trainer.parameters], without_measurements(rows))
+    (kept, kept_rows), (freed, freed_rows) = ends.values()
+    assert all(torch.equal(one, other) for one, other in zip(kept, freed, strict=True))
+    assert freed_rows == kept_rows
+    assert any(row["update/rows"] for row in steps_of(kept_rows))
+
+
+def test_an_engine_that_cannot_free_its_cache_is_refused_when_the_trainer_is_made():
+    class Other:
+        def generate(self, prompts, group_size, params):
+            raise AssertionError
+
+    with pytest.raises(ModelError, match=r"train\.rollout_cache=freed: expected our own rollout engine.*got Other"):
+        toy_trainer(toy_recipe(train__rollout_cache="freed"), sampler=Other())

@@ -185,12 +185,21 @@ def test_without_memory_a_micro_batch_is_halved_until_it_fits_and_the_gradient_i
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_one_sequence_that_does_not_fit_ends_the_run_with_numbers_and_one_suggestion(monkeypatch):
-    trainer = trainer_with()
+@pytest.mark.parametrize(
+    ("settings", "do"),
+    [
+        ({}, r"Set train\.recompute=true"),
+        ({"recompute": True}, r"Set train\.rollout_cache=freed"),
+        ({"recompute": True, "rollout_cache": "freed"}, r"Lower train\.max_new_tokens"),
+    ],
+    ids=["nothing", "recompute", "recompute, freed"],
+)
+def test_one_sequence_that_does_not_fit_ends_the_run_with_numbers_and_one_suggestion(monkeypatch, settings, do):
+    trainer = trainer_with(**settings)
     experience = experience_of(trainer)
     out_of_memory_above(monkeypatch, rows=0)
     before = weights(trainer)
-    with pytest.raises(ModelError, match=r"one sequence of 4 tokens; got CUDA out of memory.*train\.recompute=true"):
+    with pytest.raises(ModelError, match=rf"one sequence of 4 tokens; got CUDA out of memory.*{do}"):
         trainer.updater.update(1, experience)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
 

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from qerl_compile.adapter_files import adapters_of, trained_norms_of
 from qerl_compile.exporters.card import Card, provenance, shown_base, write_card
 from qerl_compile.exporters.merging.dense_names import dense_shapes
+from qerl_compile.exporters.merging.held import Held
 from qerl_compile.exporters.merging.master import Master
 from qerl_compile.exporters.merging.modes import delta
 from qerl_compile.exporters.model_config import write_model_config
 from qerl_compile.exporters.shards import Entry, write_shards
 from qerl_compile.formats.nvfp4 import dequantize
-from qerl_compile.graph import held_tensor
-from qerl_compile.passes.quantize import packed_of
 
 DTYPE = torch.bfloat16
 SHARD_BYTES = 2_000_000_000
@@ -52,6 +51,7 @@ class DenseMerge:
     def __init__(self, model: nn.Module, master: Master | None) -> None:
         self.model, self.master = model, master
         self.shapes = dense_shapes(model)
+        self._held = Held(model)
         self._adapters, self._norms = adapters_of(model), trained_norms_of(model)
 
     @torch.no_grad()
@@ -62,14 +62,13 @@ class DenseMerge:
             ExportError, CheckpointError: the master is another model's, or damaged.
         """
         path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        packed = packed_of(module) if leaf == "weight" else None
+        packed = self._held.packed(name)
         if self.master is not None:
             tensor = self.master.read(name)
         elif packed is not None:
             tensor = dequantize(packed, torch.float32)
         else:
-            tensor = held_tensor(module, leaf).detach()
+            tensor = self._held.tensor(name).detach()
         if leaf == "weight" and path in self._norms:
             tensor = self._norms[path].detach()
         if leaf == "weight" and path in self._adapters:
@@ -78,8 +77,7 @@ class DenseMerge:
 
     def entry(self, name: str) -> Entry:
         """Return what the shard writer needs to know of a tensor; nothing is computed yet."""
-        path, _, leaf = name.rpartition(".")
-        held = held_tensor(self.model.get_submodule(path), leaf)
+        held = self._held.tensor(name)
         dtype = DTYPE if held.is_floating_point() else held.dtype
         shape = self.shapes[name]
         return _Computed(torch.empty(shape, dtype=dtype, device="meta"), dtype, shape, lambda: self.tensor(name))

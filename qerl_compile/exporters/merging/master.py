@@ -19,10 +19,9 @@ from qerl_compile.checkpoint_dir import open_checkpoint
 from qerl_compile.checkpoint_tensors import finite_or_raise
 from qerl_compile.errors import ExportError
 from qerl_compile.exporters.merging.dense_names import dense_shapes
+from qerl_compile.exporters.merging.held import Held
 from qerl_compile.exporters.sqnr import sqnr_db
 from qerl_compile.formats.nvfp4 import dequantize
-from qerl_compile.graph import held_tensor
-from qerl_compile.passes.quantize import packed_of
 from qerl_compile.wording import listed, shown
 
 SAME_MATRIX_DB = 10.0
@@ -42,7 +41,7 @@ class Master:
 
     def __init__(self, root: Path, model: nn.Module) -> None:
         self.checkpoint = open_checkpoint(root)
-        self.model = model
+        self._held = Held(model)
         if self.checkpoint.config.get("quantization_config") is not None:
             raise self._other("dense weights in 16 bits", "a checkpoint that is quantized itself")
         shapes = dense_shapes(model)
@@ -63,13 +62,11 @@ class Master:
         """
         from safetensors import safe_open
 
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        own = held_tensor(module, leaf)
+        own = self._held.tensor(name)
         file = self.checkpoint.tensors[name].file
         with safe_open(file, framework="pt", device=str(own.device)) as reader:
             tensor = finite_or_raise(name, reader.get_tensor(name), file)
-        packed = packed_of(module) if leaf == "weight" else None
+        packed = self._held.packed(name)
         if packed is not None:
             found_db = sqnr_db(tensor.float(), dequantize(packed, torch.float32))
             if found_db < SAME_MATRIX_DB:

@@ -32,6 +32,7 @@ from qerl_compile.exporters.onnx.packed_nodes import RUNTIMES, Runtime
 from qerl_compile.exporters.onnx.tracing import trace
 from qerl_compile.exporters.onnx.twin import make_twin
 from qerl_compile.exporters.onnx.weights import Numbers, read_numbers
+from qerl_compile.exporters.served_experts import packed_stacks
 from qerl_compile.staged_write import refuse_existing, staged_directory
 
 __all__ = ["RUNTIMES", "export_onnx"]
@@ -69,6 +70,7 @@ def export_onnx(
     refuse_existing(out_dir)
     _check_choices(runtime, adapter)
     _check_libraries()
+    _refuse_experts(model)
     numbers = read_numbers(model, adapter=adapter)
     to = RUNTIMES[runtime]
     ir_model, weights = trace(make_twin(model, numbers.branches), to.opset)
@@ -98,6 +100,16 @@ def _check_libraries() -> None:
             expected="onnx and onnxscript, which write the graph",
             got=f"no {' and no '.join(missing)}",
             do="Run `pip install 'qerl-compile[onnx]'`.",
+        )
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    for stack, _ in packed_stacks(model):
+        raise ExportError(
+            where=stack.name,
+            expected="linears, since experts are chosen by numbers that no ONNX operator here depends on",
+            got="packed experts",
+            do="Export it for vllm, sglang or tensorrt-llm.",
         )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qerl_compile.adapter_files import adapters_of
 from qerl_compile.exporters.merging.modes import delta
+from qerl_compile.exporters.served_experts import packed_experts, packed_stacks
 from qerl_compile.exporters.sqnr import sqnr_db
 from qerl_compile.formats.nvfp4 import PackedNVFP4, dequantize
 from qerl_compile.graph import held_tensor
@@ -71,6 +72,22 @@ def layer_qualities(
             expected_NK = _weight(own_module, own)
         same = None if merged or own is None or found is None else same_bits(own, found)
         yield LayerQuality(path, sqnr_db(expected_NK, _weight(module, found)), same)
+    yield from _stack_qualities(exported, model, original=None if merged else original)
+
+
+def _stack_qualities(
+    exported: nn.Module, model: nn.Module, *, original: Callable[[str], Tensor] | None
+) -> Iterator[LayerQuality]:
+    """Yield one row for each packed stack of experts: the worst of its matrices, and whether all have the same bits."""
+    own = packed_experts(model)
+    for stack, held in packed_stacks(exported):
+        worst_db, same = float("inf"), True
+        for path, place in stack.places.items():
+            found = held.part(place.expert, place.rows.start // stack.part_rows)
+            w_NK = dequantize(own[path], torch.float32) if original is None else original(f"{path}.weight").float()
+            worst_db = min(worst_db, sqnr_db(w_NK, dequantize(found, torch.float32)))
+            same = same and same_bits(own[path], found)
+        yield LayerQuality(stack.name, worst_db, same)
 
 
 def same_bits(one: PackedNVFP4, other: PackedNVFP4) -> bool:

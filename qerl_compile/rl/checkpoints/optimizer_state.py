@@ -7,7 +7,8 @@ changed, so names, dtypes and shapes are stored beside it, and another set is re
      "state_dict": optimizer.state_dict()}
 
 `load_state_dict` casts floating state to the dtype of its parameter, which would round fp32 moments of bf16 weights;
-such state is put back as it was saved. What is not judged: the shapes of the state, which only the optimizer knows.
+such state is put back as it was saved. What is not judged: the shapes of the state, which only the optimizer knows. An
+8-bit one hands its state to kernels that do not check them, so its shapes are judged (eight_bit_state.py).
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from qerl_compile.adapter_files import adapters_of, trained_norms_of
 from qerl_compile.checkpoint_tensors import finite_or_raise
 from qerl_compile.errors import ExportError
+from qerl_compile.rl.checkpoints.eight_bit_state import is_eight_bit, refuse_other_moments
 from qerl_compile.wording import refuse_checkpoint, shown
 
 
@@ -51,7 +53,8 @@ def judged(saved: Any, model: nn.Module, optimizer: torch.optim.Optimizer, where
     """Return the state_dict in `saved` if it is one of this optimizer over these parameters.
 
     Raises:
-        CheckpointError: another set of parameters, other groups, NaN or Inf, or no state at all.
+        CheckpointError: another set of parameters, other groups, NaN or Inf, moments that are not those of an 8-bit
+            optimizer, or no state at all.
     """
     if not isinstance(saved, dict) or saved.keys() != {"parameters", "state_dict"}:
         refuse_checkpoint(where, "parameters and state_dict", shown(saved), do=_DO)
@@ -69,6 +72,8 @@ def judged(saved: Any, model: nn.Module, optimizer: torch.optim.Optimizer, where
     _check_groups(state_dict, optimizer, where)
     for name, tensor in _tensors(state_dict["state"], "state"):
         finite_or_raise(name, tensor, where)
+    if is_eight_bit(optimizer):
+        refuse_other_moments(state_dict["state"], list(_parameters(optimizer)), where)
     return state_dict
 
 

@@ -81,6 +81,11 @@ class PagedCache:
         self.shape, self.pages = shape, pages
         self.keys, self.values = ([_zeros(size, shape.dtype, device) for _ in range(shape.layers)] for _ in range(2))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(pages.nbytes for pages in (*self.keys, *self.values))
+
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to), in all layers."""
         if not pairs:

@@ -26,7 +26,7 @@ Shapes: R lines, B of them in a step, C longest completion, P pages of a row, V 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 from qerl_compile.isolation import isolated, mark_dynamic
 from qerl_compile.rl.rollout.cache import DecodeView, PagedCache
 from qerl_compile.rl.rollout.drawing import draw
-from qerl_compile.rl.rollout.leaves import calling, compiled_leaves
+from qerl_compile.rl.rollout.leaves import Calls, calling
 from qerl_compile.rl.rollout.types import Sampling
 
 Drawing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -164,30 +164,56 @@ def advance(lines: Rows, logits_BV: Tensor, drawing: Drawing) -> None:
     lines.record(slice(None), token_B, logp_B, lines.length_R, lines.length_R > 0)
 
 
+@dataclass(frozen=True)
+class StepCode:
+    """What of a step is code: it outlives pages, lines and graphs, and compiling it takes seconds.
+
+    Attributes:
+        model: the policy, with paged attention switched on while steps run.
+        draw: tokens and log-probabilities; temperature and truncation are fixed in it.
+        leaves: compiled calls of small modules (leaves.py).
+        advance: what comes after the logits.
+        fused: whether that is compiled.
+    """
+
+    model: Any
+    draw: Drawing
+    leaves: Calls
+    advance: Callable[[Rows, Tensor, Drawing], None]
+    fused: bool
+
+    @classmethod
+    def of(cls, model: Any, params: Sampling, leaves: Calls, *, graphs: bool) -> "StepCode":
+        """Return the code for a temperature and a truncation.
+
+        Args:
+            model: the policy.
+            params: temperature and truncation are read.
+            leaves: of the model; none to run them as they are.
+            graphs: whether steps are captured.
+        """
+        limits = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
+        drawing: Drawing = partial(draw, temperature=params.temperature, **limits)
+        inner = getattr(getattr(model, "qerl", None), "inner", None)
+        # Truncated draws sort the vocabulary or take its top: PyTorch's kernels either way, and most of the time.
+        fused = graphs and inner == "inductor" and not params.truncated
+        return cls(model, drawing, leaves, isolated(advance, "inductor") if fused else advance, fused)
+
+
 class DecodeStep:
     """Runs steps; on CUDA from captured graphs.
 
     Args:
-        model: the policy, with paged attention switched on while steps run.
-        cache: its pages.
+        code: of the model, for a temperature and a truncation.
+        cache: pages.
         rows: the lines.
-        params: temperature and truncation are fixed in the code of a step.
         graphs: whether to capture.
         pool: memory pool that graphs share, or None.
     """
 
-    def __init__(
-        self, model: Any, cache: PagedCache, rows: Rows, params: Sampling, *, graphs: bool, pool: Any = None
-    ) -> None:
-        self.model, self.cache, self.rows, self.graphs, self.pool = model, cache, rows, graphs, pool
-        limits = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
-        self.draw: Drawing = partial(draw, temperature=params.temperature, **limits)
+    def __init__(self, code: StepCode, cache: PagedCache, rows: Rows, *, graphs: bool, pool: Any = None) -> None:
+        self.code, self.cache, self.rows, self.graphs, self.pool = code, cache, rows, graphs, pool
         self.steps: dict[int, Callable[[], object]] = {}
-        inner = getattr(getattr(model, "qerl", None), "inner", None)
-        # Truncated draws sort the vocabulary or take its top: PyTorch's kernels either way, and most of the time.
-        self.fused = graphs and inner == "inductor" and not params.truncated
-        self.leaves = compiled_leaves(model) if graphs or rows.token_R.is_cuda else {}
-        self._advance = isolated(advance, "inductor") if self.fused else advance
 
     def run(self, size: int) -> None:
         """Advance the first `size` lines by one token."""
@@ -200,8 +226,8 @@ class DecodeStep:
 
     def _step(self, size: int) -> None:
         lines = self.rows.first(size)
-        with calling(self.leaves):
-            output = self.model(
+        with calling(self.code.leaves):
+            output = self.code.model(
                 input_ids=lines.token_R[:, None],
                 position_ids=lines.position_R[:, None],
                 use_cache=False,
@@ -209,15 +235,15 @@ class DecodeStep:
                 logits_to_keep=1,
             )
         logits_BV = output.logits[:, -1]
-        if self.fused:
+        if self.code.fused:
             _mark_dynamic(lines, logits_BV)
-        self._advance(lines, logits_BV, self.draw)
+        self.code.advance(lines, logits_BV, self.code.draw)
 
     def _capture(self, size: int) -> Callable[[], object]:
         """Record a step. It runs eagerly first, on idle lines: compiling and allocating happen outside the graph."""
         saved = [line[:size].clone() for line in self.rows.lines()]
         self.rows.length_R[:size] = 0
-        stream = torch.cuda.Stream()
+        stream = _warm_up_stream(self.rows.token_R.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -230,6 +256,12 @@ class DecodeStep:
         for line, before in zip(self.rows.lines(), saved, strict=True):
             line[:size] = before
         return graph.replay
+
+
+@cache
+def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for each stream it has seen, 36 MiB on an H200."""
+    return torch.cuda.Stream(device)
 
 
 def _mark_dynamic(lines: Rows, logits_BV: Tensor) -> None:

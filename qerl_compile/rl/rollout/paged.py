@@ -6,8 +6,9 @@
     look     which rows have ended; collect their completions and free their pages; admit again
 
 The host stays one step ahead of the device: it launches step i and then looks at the end flags of step i - 1, which
-were copied to pinned memory meanwhile. Nothing else is waited for. A row that ends is refilled two steps later at most.
-When the queue is empty and few rows are left, they move together and smaller graphs take over.
+were copied to pinned memory meanwhile. Nothing else is waited for, but for the end of a batch that is at the limit. A
+row that ends is refilled two steps later at most. When the queue is empty and few rows are left, they move together and
+smaller graphs take over.
 
 **What is deterministic.** Repeating a call with the same arguments repeats every bit: random numbers come from (seed,
 prompt, sample) alone, the schedule from lengths alone, and end flags are looked at a fixed number of steps later,
@@ -26,6 +27,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ import torch
 from torch import Tensor
 
 from qerl_compile.rl.rollout.cache import CacheShape, PagedCache, PrefillView, paged_attention
-from qerl_compile.rl.rollout.decode import MOST_ENDS, DecodeStep, Rows
+from qerl_compile.rl.rollout.decode import MOST_ENDS, DecodeStep, Rows, StepCode
+from qerl_compile.rl.rollout.leaves import Calls, compiled_leaves
 from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload, page_bytes, plan_pages
 from qerl_compile.rl.rollout.pages import PagePool
 from qerl_compile.rl.rollout.randomness import uniform
@@ -87,12 +90,22 @@ class PagedSampler:
         self.shape = CacheShape.of(model, page_tokens or PAGE_TOKENS.get(self.device.type, PAGE_TOKENS["cpu"]))
         self._cache: PagedCache | None = None
         self._lines: Rows | None = None
+        self._pages, self._size = 0, (0, 0, 0)  # of cache and lines, also while they are given back
         self._steps: dict[tuple[float, int, float, float], DecodeStep] = {}
+        self._code: dict[tuple[float, int, float, float], StepCode] = {}
 
-    def release(self) -> None:
-        """Give the cache and the graphs back; the next `generate` makes them anew."""
+    def release(self) -> int:
+        """Give pages, lines and graphs back until the next `generate`; return the bytes of the pages.
+
+        That call makes as many pages and lines again, so its samples are those of an engine that kept them, and
+        captures the graphs again. Compiled functions stay.
+        """
+        freed_bytes = self._cache.nbytes if self._cache else 0
         self._cache = self._lines = None
         self._steps.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # whole blocks: an update would otherwise cut them up, and no page fit there again
+        return freed_bytes
 
     @torch.inference_mode()  # operators skip autograd's Python wrappers: a tenth of a small model's step on a CPU
     def generate(self, prompts: Sequence[tuple[int, ...]], group_size: int, params: Sampling) -> Rollouts:
@@ -113,9 +126,18 @@ class PagedSampler:
         key = (params.temperature, params.top_k, params.top_p, params.min_p)
         if key not in self._steps:
             pool = next((step.pool for step in self._steps.values()), None)
-            self._steps[key] = DecodeStep(self.model, cache, lines, params, graphs=self.graphs, pool=pool)
+            self._steps[key] = DecodeStep(self._compiled(key, params), cache, lines, graphs=self.graphs, pool=pool)
         with paged_attention(self.model):
             return _Run(self, self._steps[key], prompts, work, params).run()
+
+    def _compiled(self, key: tuple[float, int, float, float], params: Sampling) -> StepCode:
+        if key not in self._code:
+            self._code[key] = StepCode.of(self.model, params, self._leaves, graphs=self.graphs)
+        return self._code[key]
+
+    @cached_property
+    def _leaves(self) -> Calls:
+        return compiled_leaves(self.model) if self.graphs or self.device.type == "cuda" else {}
 
     def _memory(self, work: Workload) -> tuple[PagedCache, Rows]:
         """Return pages and lines that hold the workload: those of the last call if they do."""
@@ -123,15 +145,19 @@ class PagedSampler:
         cache = self._cache if self._cache and self._cache.pages >= work.most_pages(rows) else self._larger(work, rows)
         pages_of_a_row = max(work.full_pages(i) + work.own_pages(i) for i in range(len(work.prompt_lengths)))
         wanted = (max(2, rows), work.max_new_tokens, -(-pages_of_a_row // 4) * 4)
-        lines, had = self._lines, self._lines.size if self._lines else (0, 0, 0)
+        lines, had = self._lines, self._size
         if lines is None or any(need > has for need, has in zip(wanted, had, strict=True)):
             self._steps.clear()
             count, columns, pages = map(max, wanted, had)  # what earlier calls needed will be needed again
             lines = self._lines = Rows.make(count, columns, pages, self.device)
+            self._size = lines.size
         return cache, lines
 
     def _larger(self, work: Workload, rows: int) -> PagedCache:
-        """Return as many pages as the workload can use or the budget allows; the old ones are given back if fewer."""
+        """Return as many pages as the workload can use or the budget allows, or as many as there were if that is more.
+
+        Pages that were given back may not fit any more; then their number is decided anew.
+        """
         shape, old = self.shape, self._cache
         bytes_of_a_page = page_bytes(
             layers=shape.layers,
@@ -141,19 +167,25 @@ class PagedSampler:
             itemsize=shape.dtype.itemsize,
         )
         free = _free_bytes(self.device) + (old.pages * bytes_of_a_page if old else 0)
-        pages = plan_pages(
-            work,
-            rows=rows,
-            page_bytes=bytes_of_a_page,
-            free_bytes=free,
-            budget_bytes=self.budget_bytes,
-            share=self.share,
-        )
+        had = self._pages if self._pages * bytes_of_a_page <= free else 0
+        if had >= work.most_pages(rows):
+            pages = had
+        else:
+            planned = plan_pages(
+                work,
+                rows=rows,
+                page_bytes=bytes_of_a_page,
+                free_bytes=free,
+                budget_bytes=self.budget_bytes,
+                share=self.share,
+            )
+            pages = max(had, planned)
         if old is not None and old.pages >= pages:
             return old
         del old
-        self.release()
-        self._cache = PagedCache(shape, pages, self.device)
+        self._cache = self._lines = None
+        self._steps.clear()
+        self._cache, self._pages = PagedCache(shape, pages, self.device), pages
         return self._cache
 
 
@@ -177,6 +209,7 @@ class _Run:
         self.ends = _EndFlags(self.lines.finished_R, ahead=int(self.lines.token_R.is_cuda))
         self.logits: dict[int, Tensor] = {}  # of prompts whose samples still wait
         self.first_step: dict[int, int] = {}  # of each row: flags of earlier steps are another request's
+        self.last_step = 0  # after which every row that has started has reached the limit
         self.collected: list[tuple[list[Request], list[int], Tensor, Tensor]] = []
         self.taken, self.row_steps, self.prefilled, self.prefill_s = 0, 0, 0, 0.0
 
@@ -189,6 +222,9 @@ class _Run:
                 self._look([(self.taken + 1, self.lines.finished_R.tolist())])
                 if not self.schedule.running:
                     continue
+            if self.taken >= self.last_step:  # all are at the limit: no step to stay ahead by
+                self._look(self.ends.drain())
+                continue
             size = self._size()
             self.step.run(size)
             self.taken += 1
@@ -202,7 +238,7 @@ class _Run:
             "rollout/prefill_tokens": float(self.prefilled),
             "rollout/prefill_time": self.prefill_s,
             "rollout/time": time.perf_counter() - begin,
-            "rollout/cache_bytes": float(sum(t.nbytes for t in (*self.cache.keys, *self.cache.values))),
+            "rollout/cache_bytes": float(self.cache.nbytes),
         }
         return Rollouts(tuple(rollouts), metrics)
 
@@ -246,10 +282,11 @@ class _Run:
         lines.drawn_R[at] = 0
         lines.finished_R[at] = 0
         logits_SV = torch.stack([self.logits[r.prompt] for r in requests])
-        token_S, logp_S = self.step.draw(logits_SV, uniform_SC[:, 0].to(device))
+        token_S, logp_S = self.step.code.draw(logits_SV, uniform_SC[:, 0].to(device))
         lines.record(at, token_S, logp_S, length_S, torch.ones_like(at, dtype=torch.bool))
         for start in starts:
             self.first_step[start.row] = self.taken + 1
+        self.last_step = self.taken + self.params.max_new_tokens - 1
         last = requests[-1]
         waits = last.sample + 1 < self.work.group_size
         self.logits = {last.prompt: self.logits[last.prompt].clone()} if waits else {}

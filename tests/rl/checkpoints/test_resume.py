@@ -7,8 +7,13 @@ from tests.rl.checkpoints.training import recipe, seed_of_process, sigterm_often
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"train__updates_per_rollout": 2, "train__loss": "gspo"}, {"noise__in_update": True}],
-    ids=["default", "two updates", "noise in the update"],
+    [
+        {},
+        {"train__updates_per_rollout": 2, "train__loss": "gspo"},
+        {"noise__in_update": True},
+        {"train__optimizer": "adamw_8bit", "train__rollout_cache": "freed"},
+    ],
+    ids=["default", "two updates", "noise in the update", "8-bit moments, a cache that is freed"],
 )
 def test_a_run_that_is_stopped_at_any_step_ends_like_one_that_is_not(tmp_path, changes):
     rules = recipe(5, **changes)

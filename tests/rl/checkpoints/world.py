@@ -95,7 +95,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
         "optimizer": [
-            {key: value.clone() if isinstance(value, Tensor) else value for key, value in each.items()}
+            {key: value.clone() if isinstance(value, Tensor) else value for key, value in sorted(each.items())}
             for each in (optimizer.state.get(p, {}) for p in trained(model))
         ],
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],

@@ -4,7 +4,7 @@ import math
 import re
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 from qerl_compile.isolation import isolated
-from qerl_compile.rl.rollout.decode import DecodeStep, Rows, advance
+from qerl_compile.rl.rollout.decode import DecodeStep, Rows, StepCode, advance
 from qerl_compile.rl.rollout.drawing import draw
 from qerl_compile.rl.rollout.types import Sampling
 
@@ -119,7 +119,8 @@ def walk(inner, temperature, shapes):
     """Run lines to their ends, for each (lines, of a step, columns); return what became of them."""
     ends = (3, 5, *range(0, 600, 40))[:16]
     cache: Any = SimpleNamespace(keys=[], values=[])
-    step = DecodeStep(Walk(inner, 600), cache, lines(1, 1, limit=1), Sampling(1, ends, 0, temperature), graphs=True)
+    code = StepCode.of(Walk(inner, 600), Sampling(1, ends, 0, temperature), {}, graphs=True)
+    step = DecodeStep(code, cache, lines(1, 1, limit=1), graphs=True)
     found = []
     for rows, size, columns in shapes:
         made = lines(rows, columns, limit=columns - 1, ends=ends)
@@ -194,7 +195,7 @@ def test_completions_are_written_in_place_and_not_copied():
 @pytest.mark.parametrize("inner", ["inductor", "eager", None])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_step_is_compiled_where_it_is_captured_and_sorts_nothing(change, inner, graphs):
-    model, cache = Walk(inner, 8) if inner else SimpleNamespace(), None
-    step = DecodeStep(model, cast("Any", cache), lines(2, 2, limit=2), Sampling(2, (), 0, **change), graphs=graphs)
-    assert step.fused == (graphs and inner == "inductor" and (not change or "temperature" in change))
-    assert (step._advance is advance) == (not step.fused)
+    model = Walk(inner, 8) if inner else SimpleNamespace()
+    code = StepCode.of(model, Sampling(2, (), 0, **change), {}, graphs=graphs)
+    assert code.fused == (graphs and inner == "inductor" and (not change or "temperature" in change))
+    assert (code.advance is advance) == (not code.fused)

@@ -1,5 +1,6 @@
 """Final norm and rotary tables compiled for the time of a step: which modules, what they compute, and for how long."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from qerl_compile.rl.rollout.cache import CacheShape, PagedCache, paged_attention
-from qerl_compile.rl.rollout.decode import DecodeStep, Rows
+from qerl_compile.rl.rollout.decode import DecodeStep, Rows, StepCode
 from qerl_compile.rl.rollout.leaves import calling, compiled_leaves
 from qerl_compile.rl.rollout.types import Sampling
 from qerl_compile.stacked_adapters import refresh_stacked_adapters
@@ -76,16 +77,17 @@ def test_a_step_uses_them_and_nothing_else_does():
     rows = Rows.make(2, 2, 2, torch.device("cpu"))
     rows.begin(Sampling(2, (), 0, 0.0))
     cache = PagedCache(CacheShape.of(model, 4), 4, torch.device("cpu"))
-    step = DecodeStep(model, cache, rows, Sampling(2, (), 0, 0.0), graphs=True)
-    step._advance, called = lambda *_: None, []
+    called = []
 
     def noting(module):
         return lambda *args, **kwargs: (called.append(module), module.forward(*args, **kwargs))[1]
 
-    step.leaves = {module: noting(module) for module in step.leaves}
+    leaves = {module: noting(module) for module in compiled_leaves(model)}
+    code = replace(StepCode.of(model, Sampling(2, (), 0, 0.0), leaves, graphs=True), advance=lambda *_: None)
+    step = DecodeStep(code, cache, rows, graphs=True)
     with paged_attention(model):
         step._step(2)
     assert called == [model.model.rotary_emb, model.model.norm]
     model(input_ids=torch.zeros(2, 2, dtype=torch.long), use_cache=False)
     assert len(called) == 2
-    assert not DecodeStep(SimpleNamespace(), cache, rows, Sampling(2, (), 0), graphs=True).leaves
+    assert not compiled_leaves(SimpleNamespace())

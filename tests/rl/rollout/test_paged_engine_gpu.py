@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from qerl_compile.rl.rollout import paged as engine
 from qerl_compile.rl.rollout.paged import PagedSampler
@@ -109,6 +110,13 @@ def test_one_token_is_drawn_without_a_step(model):
     assert rollouts.metrics["rollout/decode_steps"] == 0
 
 
+def test_no_step_is_run_after_the_limit_of_all_rows(model):
+    metrics = PagedSampler(model, rows=64).generate(PROMPTS, 2, Sampling(12, (), 0)).metrics
+    assert (metrics["rollout/decode_steps"], metrics["rollout/occupancy"]) == (11, 1)
+    refilled = PagedSampler(model, rows=len(PROMPTS)).generate(PROMPTS, 2, Sampling(12, (), 0)).metrics
+    assert (refilled["rollout/decode_steps"], refilled["rollout/occupancy"]) == (22, 1)
+
+
 def test_memory_is_flat_over_many_calls(model):
     sampler = PagedSampler(model, rows=5)
 
@@ -123,3 +131,21 @@ def test_memory_is_flat_over_many_calls(model):
     sampler.release()
     gc.collect()
     assert torch.cuda.memory_allocated() < warm
+
+
+def test_released_memory_is_back_and_made_anew_without_compiling(model):
+    sampler = PagedSampler(model, rows=5)
+    params = (SAMPLED, Sampling(12, (), 0, 0.0))
+    want = [sampler.generate(PROMPTS, 6, each).rollouts for each in params]
+    gc.collect()
+    torch.cuda.synchronize()
+    full, graphs = torch.cuda.memory_allocated(), counters["stats"]["unique_graphs"]
+    for _ in range(3):
+        freed_bytes = sampler.release()
+        gc.collect()
+        assert torch.cuda.memory_allocated() <= full - freed_bytes
+        assert [sampler.generate(PROMPTS, 6, each).rollouts for each in params] == want
+        gc.collect()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() <= full
+    assert counters["stats"]["unique_graphs"] == graphs

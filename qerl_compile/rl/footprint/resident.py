@@ -1,0 +1,222 @@
+"""A transformed model without weights, and the bytes that it will hold on a device.
+
+The model is built on meta and goes through the very code that `load` and the rollout engine use (attach.py,
+stacked_adapters.py). What it would hold is then counted, storage by storage, as CUDA's allocator rounds it, so no
+formula for packed weights, ghosts, fused storage or stacked adapters is kept a second time here.
+
+    packed     codes and block scales of 4-bit linears
+    dense      embeddings, head, norms, biases, noise, and linears that stay in 16 bits
+    adapters   lora_A, lora_B and trained norms, float32
+    stacked    what rollouts add: the adapters again, stacked and in the model's dtype
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from qerl_compile.adapter_reading import adapter_norms, adapter_ranks
+from qerl_compile.attach import Attacher
+from qerl_compile.errors import ModelError
+from qerl_compile.formats.nvfp4 import BLOCK, PackedNVFP4
+from qerl_compile.model import TransformState, become_qerl
+from qerl_compile.passes import Experts, LoraSite
+from qerl_compile.passes.experts import PackedStack
+from qerl_compile.plan import Plan, make_plan
+from qerl_compile.recipe import Recipe
+from qerl_compile.regions import kind
+from qerl_compile.rl.footprint.layer_graphs import LayerCall, layer_calls
+from qerl_compile.rl.footprint.liveness import rounded
+from qerl_compile.stacked_adapters import attach_stacked_adapters
+
+PACKED = (torch.uint8, torch.float8_e4m3fn)  # codes and block scales, whatever they are called
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers that are alike, and what the plan does to each.
+
+    Args:
+        first: module path of the first.
+        count: how many there are.
+        quantized: linears and stacks of experts that are packed, in each.
+        adapted: linears with an adapter.
+        noisy: norms with noise.
+        held_bytes: what one holds on the device, adapters included.
+        call: how the model calls it.
+    """
+
+    first: str
+    count: int
+    quantized: int
+    adapted: int
+    noisy: int
+    held_bytes: int
+    call: LayerCall
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a model holds, in bytes; see the module's essay. `trained` counts elements that the optimizer moves."""
+
+    packed: int
+    dense: int
+    adapters: int
+    stacked: int
+    trained: int
+    scratch: int
+
+    @property
+    def after_load(self) -> int:
+        """What is there before anything runs."""
+        return self.packed + self.dense + self.adapters
+
+
+@dataclass
+class Skeleton:
+    """A transformed model on meta.
+
+    Args:
+        model: with what rollouts attach.
+        state: recipe and plan.
+        kinds: its layers.
+        held: its bytes.
+    """
+
+    model: Any
+    state: TransformState
+    kinds: tuple[LayerKind, ...]
+    held: Held
+
+
+def source_of(model_or_config: Any) -> tuple[Any, frozenset[str]]:
+    """Return a causal LM on meta, and which of its linears come packed.
+
+    Args:
+        model_or_config: a model directory, hub id or "smollm2"; a transformers config; or a causal LM on meta, which
+            is changed.
+
+    Raises:
+        CheckpointError: as `load` of this directory.
+        ModelError: a model with weights in memory.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    from qerl_compile.checkpoint_dir import open_checkpoint
+    from qerl_compile.layouts import layout_of
+    from qerl_compile.loading import meta_model, model_directory
+
+    packed: frozenset[str] = frozenset()
+    if isinstance(model_or_config, (str, PathLike)):
+        checkpoint = open_checkpoint(model_directory(model_or_config))
+        packed = frozenset(layout_of(checkpoint).linears)
+        model = meta_model(checkpoint, None)
+    elif isinstance(model_or_config, PreTrainedConfig):
+        with init_empty_weights(include_buffers=False):
+            dtype = model_or_config.dtype or torch.bfloat16
+            model = AutoModelForCausalLM.from_config(model_or_config, dtype=dtype)
+    else:
+        model = model_or_config
+        if any(parameter.device.type != "meta" for parameter in model.parameters()):
+            raise ModelError(
+                where=type(model).__name__,
+                expected="a path, a config, or a model on the meta device, since a prediction changes what it is given",
+                got="a model with weights",
+                do="Pass model.config.",
+            )
+    model.tie_weights()
+    return model.to("meta").eval(), packed
+
+
+def skeleton(
+    model: Any, recipe: Recipe, packed: frozenset[str] = frozenset(), adapter: str | PathLike[str] | None = None
+) -> Skeleton:
+    """Transform a model on meta, in place.
+
+    Args:
+        model: a causal LM on meta.
+        recipe: what is done to it; rules that need sample text count as followed.
+        packed: linears that a checkpoint holds packed already.
+        adapter: directory of an adapter to start from, whose ranks replace the lora rules.
+
+    Raises:
+        RecipeError, FormatError, GraphError, CheckpointError: as `load`.
+    """
+    sites = norms = None
+    if adapter is not None:
+        sites = {path: LoraSite(rank, alpha) for path, (rank, alpha) in adapter_ranks(adapter).items()}
+        norms = adapter_norms(adapter) or None
+    plan = make_plan(model, recipe, packed=packed, adapters=sites, trained_norms=norms, calibrating=True)
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for path in plan.layers:
+        alike.setdefault((kind(model.get_submodule(path)), plan.kind(path)), []).append(path)
+    calls = layer_calls(model, [paths[0] for paths in alike.values()])
+    plan = _attach(model, plan, recipe.train.seed)
+    state = TransformState(recipe, plan, "eager", recompute=recipe.train.recompute)
+    become_qerl(model, state)
+    before = _bytes([model])
+    attach_stacked_adapters(model)
+    kinds = tuple(_layer_kind(model, plan, paths, calls[paths[0]]) for paths in alike.values())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    stacked = sum(_bytes([model]).values()) - sum(before.values())
+    held = Held(**before, stacked=stacked, trained=trained, scratch=_largest_dense(model))
+    return Skeleton(model, state, kinds, held)
+
+
+def _attach(model: Any, plan: Plan, seed: int) -> Plan:
+    attacher = Attacher(model, plan, seed=seed)
+    with torch.no_grad(), torch.device("meta"):  # adapters are drawn on the default device
+        for path in plan.quantize:
+            weight = model.get_submodule(path).weight
+            n, k = weight.shape
+            codes_NK2 = torch.empty(n, k // 2, dtype=torch.uint8)
+            block_NG = torch.empty(n, k // BLOCK, dtype=torch.float8_e4m3fn)
+            attacher.packed(path, PackedNVFP4(codes_NK2, block_NG, torch.empty(1), "divisor"), weight.dtype)
+        for stack, _ in plan.experts.values():
+            module = model.get_submodule(stack.module)
+            experts, rows, columns, parts = len(stack.members), stack.rows, stack.columns, len(stack.members[0])
+            packed = PackedStack(
+                torch.empty(experts, rows, columns // 2, dtype=torch.uint8),
+                torch.empty(experts, rows, columns // BLOCK, dtype=torch.float8_e4m3fn),
+                torch.empty(experts, parts),
+                "divisor",
+            )
+            Experts.state(module, stack.leaf, packed, module.get_parameter(stack.leaf).dtype)
+        return attacher.finish()
+
+
+def _layer_kind(model: Any, plan: Plan, paths: list[str], call: LayerCall) -> LayerKind:
+    inside = f"{paths[0]}."
+
+    def count(sites: Iterable[str]) -> int:
+        return sum(path.startswith(inside) for path in sites)
+
+    held = sum(_bytes([model.get_submodule(paths[0])]).values())
+    packed = count(plan.quantize) + count(plan.experts)
+    return LayerKind(paths[0], len(paths), packed, count(plan.lora), count(plan.noise), held, call)
+
+
+def _bytes(roots: Iterable[nn.Module]) -> Mapping[str, int]:
+    """Return bytes by what they are for, each storage once."""
+    found = {"packed": 0, "dense": 0, "adapters": 0}
+    seen: set[int] = set()
+    for root in roots:
+        for tensor in [*root.parameters(), *root.buffers()]:
+            storage = tensor.untyped_storage()
+            if storage._cdata in seen:
+                continue
+            seen.add(storage._cdata)
+            what = "packed" if tensor.dtype in PACKED else "adapters" if tensor.requires_grad else "dense"
+            found[what] += rounded(storage.nbytes())  # that of a ghost has one element
+    return found
+
+
+def _largest_dense(model: Any) -> int:
+    """Return the bytes of the largest packed matrix in the model's dtype: what is decoded into for many tokens."""
+    itemsize = model.get_input_embeddings().weight.dtype.itemsize
+    codes = (tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.dtype == torch.uint8)
+    return max((2 * itemsize * codes_NK2.shape[-2] * codes_NK2.shape[-1] for codes_NK2 in codes), default=0)
