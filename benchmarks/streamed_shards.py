@@ -206,6 +206,7 @@ class Producer:
         """Stop it."""
         self._process.terminate()
         self._process.join()
+        self._pipe.close()
 
 
 def plain_read_gb_per_s(file: Path, threads: int) -> float:

@@ -89,6 +89,11 @@ class Attacher:
         if group in self.plan.groups and all(self._is_packed(member) for member in group) and self._one_scale(group):
             share_storage([self.model.get_submodule(member) for member in group])
 
+    def experts(self, name: str, dense_ENK: Tensor, *, dtype: torch.dtype | None = None) -> None:
+        """Take a whole stack of experts [E, N, K], one of `plan.experts`, in the dtypes of `weight`."""
+        for path, place in self.plan.experts[name][0].places.items():
+            self.weight(path, dense_ENK[place.expert, place.rows], dtype=dtype)
+
     def _is_packed(self, path: str) -> bool:
         return leaf_tensor(self.model.get_submodule(path), "weight_packed") is not None
 

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from qerl_compile.graph import Program
 
@@ -45,6 +46,14 @@ def grouped_products(program: Program) -> Iterator[GroupedProduct]:
         plain = all(node.kwargs.get(key) is None for key in ("bias", "out_dtype"))
         if weight in weights and isinstance(x, fx.Node) and isinstance(offsets, fx.Node) and plain:
             yield GroupedProduct(node, x, offsets, weight)
+
+
+def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name, parameter) of everything with three dimensions or more that is no kernel of a convolution."""
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 2 and not isinstance(module, _ConvNd):
+                yield f"{path}.{leaf}", parameter
 
 
 def _is_grouped(target: Any) -> bool:

@@ -90,7 +90,7 @@ def load(
     checkpoint = open_checkpoint(root, trust_remote_code=trust_remote_code)
     device = usable_device(device)
     layout = layout_of(checkpoint)
-    model = meta_model(checkpoint, dtype)
+    model = meta_model(root, dtype)
     tied = check_tensors(model, checkpoint, layout)
     adapters = None if adapter is None else _adapter_sites(adapter)
     norms = None if adapter is None else adapter_norms(adapter) or None
@@ -121,16 +121,21 @@ def empty_model(path_or_id: str | PathLike[str], *, dtype: torch.dtype | None = 
     """Build the model of a checkpoint without its weights: parameters are on the meta device."""
     checkpoint = open_checkpoint(model_directory(path_or_id))
     layout_of(checkpoint)  # refuses what `load` would refuse
-    return meta_model(checkpoint, dtype)
+    return meta_model(checkpoint.root, dtype)
 
 
-def model_directory(path_or_id: str | PathLike[str]) -> Path:
-    """Return the local directory of a model: a path, a hub id, or the built-in name "smollm2"."""
+def model_directory(path_or_id: str | PathLike[str], *, weights: bool = True) -> Path:
+    """Return the local directory of a model: a path, a hub id, or the built-in name "smollm2".
+
+    Args:
+        path_or_id: which.
+        weights: whether a hub id's weights are fetched too.
+    """
     if str(path_or_id) == "smollm2" and not Path(path_or_id).exists():
         from qerl_compile.smollm2 import smollm2_directory
 
         return smollm2_directory()
-    return resolve_model(path_or_id)
+    return resolve_model(path_or_id, weights=weights)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -156,7 +161,7 @@ def _adapter_sites(adapter: str | PathLike[str]) -> dict[str, LoraSite]:
     return {path: LoraSite(rank, alpha) for path, (rank, alpha) in adapter_ranks(adapter).items()}
 
 
-def meta_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> Any:
+def meta_model(root: Path, dtype: torch.dtype | None) -> Any:
     """Build the model of a judged directory, parameters on meta and buffers (rotary frequencies) computed for real.
 
     Raises:
@@ -167,22 +172,22 @@ def meta_model(checkpoint: CheckpointDirectory, dtype: torch.dtype | None) -> An
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.root)
+        config = AutoConfig.from_pretrained(root)
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as fault:
         raise CheckpointError(
-            where=str(checkpoint.root / "config.json"),
+            where=str(root / "config.json"),
             expected="the config of a causal LM that transformers knows",
             got=f"{type(fault).__name__}: {' '.join(str(fault).split())[:200] or repr(fault)}",
             do="Check model_type and the sizes in config.json, or upgrade transformers.",
         ) from fault
     model.tie_weights()
-    if (checkpoint.root / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.root)
-    model.config._name_or_path = str(checkpoint.root)
+    if (root / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(root)
+    model.config._name_or_path = str(root)
     return model
 
 
@@ -326,8 +331,7 @@ def _stream(
                 stack = stacks[place.stack]
                 put_expert(model.get_submodule(stack.module), stack, place, tensor, dense_dtypes[place.stack])
         elif name in packed_experts:  # stacked in the file as well
-            for path, place in stacks[name].places.items():
-                attacher.weight(path, tensor[place.expert, place.rows], dtype=dense_dtypes[name])
+            attacher.experts(name, tensor, dtype=dense_dtypes[name])
         elif name not in tied:  # a tied copy in the file repeats what its holder has
             put_dense(model, name, tensor, dense_dtypes[name])
 

@@ -100,7 +100,7 @@ class QerlModel(nn.Module):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save a model without adapters and without packed weights; refuse a packed one: see the module's essay."""
-        if not (self.qerl.plan.quantize or self.qerl.plan.experts):
+        if not self.qerl.plan.packs:
             measured = self.qerl.recipe.calibration
             if measured is not None and measured.kv_cache == "fp8" and "state_dict" not in kwargs:
                 # scales of a cache are an exporter's to write: an ordinary model has no tensors of these names

@@ -11,19 +11,21 @@ from pathlib import Path
 
 from qerl_compile.wording import refuse_checkpoint, shown
 
-ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+WEIGHT_PATTERN = "*.safetensors"
+ALLOWED_PATTERNS = ("*.json", WEIGHT_PATTERN, "*.txt", "*.model", "*.jinja")
 # A star crosses slashes in the hub's patterns. Sub-directories hold other formats, consolidated* a second copy.
 IGNORED_PATTERNS = ("*/*", "consolidated*")
 
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(?:/[\w-][\w.-]{0,95})?", re.ASCII)
 
 
-def resolve_model(path_or_id: str | PathLike[str], *, revision: str | None = None) -> Path:
+def resolve_model(path_or_id: str | PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
     """The local directory of a model.
 
     Args:
         path_or_id: a directory, or the id of a Hugging Face repository such as `Qwen/Qwen2.5-7B-Instruct`.
         revision: branch, tag or commit on the hub; None for its default branch. Unused for a directory.
+        weights: whether to fetch them too, or only what says what the model is. Unused for a directory.
 
     Returns:
         The directory itself, or the snapshot in the hub's cache.
@@ -53,7 +55,7 @@ def resolve_model(path_or_id: str | PathLike[str], *, revision: str | None = Non
             snapshot_download(
                 text,
                 revision=revision,
-                allow_patterns=list(ALLOWED_PATTERNS),
+                allow_patterns=[each for each in ALLOWED_PATTERNS if weights or each != WEIGHT_PATTERN],
                 ignore_patterns=list(IGNORED_PATTERNS),
             )
         )

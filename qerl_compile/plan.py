@@ -34,6 +34,7 @@ from qerl_compile.errors import CheckpointError, FormatError, RecipeError
 from qerl_compile.expert_stacks import Place, Stack, expert_stacks, places_of
 from qerl_compile.formats.nvfp4 import BLOCK
 from qerl_compile.graph import leaf_tensor
+from qerl_compile.grouped_nodes import stacked_parameters
 from qerl_compile.passes import LoraSite, QuantizeSite
 from qerl_compile.passes.sparsify import check_fours
 from qerl_compile.recipe import Recipe
@@ -71,6 +72,11 @@ class Plan:
     trained_groups: tuple[tuple[str, ...], ...] = ()
     sparse: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, tuple[Stack, QuantizeSite]] = field(default_factory=dict)
+
+    @property
+    def packs(self) -> bool:
+        """Whether anything is packed."""
+        return bool(self.quantize or self.experts)
 
     def places(self) -> dict[str, Place]:
         """Return where the virtual linears of packed experts lie, by path."""
@@ -190,11 +196,11 @@ def _quantize_sites(
     for path, rule in first_matches("quantize", recipe.quantize, [*usable, *places], [*linears, *places]):
         if rule.format == "none":
             continue
+        if path in packed and rule.weights == "trained":
+            _refuse_packed("quantize: weights", path, "a full-precision weight to train", "Train it from")
         if path in places:
             of_experts[path] = rule
             continue
-        if path in packed and rule.weights == "trained":
-            _refuse_packed("quantize: weights", path, "a full-precision weight to train", "Train it from")
         _check_packable(path, linears[path], owners)
         if rule.weights == "trained":
             trained.append(path)
@@ -208,8 +214,7 @@ def _tell_of_dense_experts(
     model: nn.Module, recipe: Recipe, stacks: Mapping[str, Stack], inside: tuple[str, ...]
 ) -> None:
     """Warn of experts that no rule can select, since they hold most of a mixture's weights."""
-    dense = [name for name, tensor in model.named_parameters() if tensor.dim() == 3 and name.startswith(inside)]
-    unknown = [name for name in dense if name not in stacks]
+    unknown = [name for name, _ in stacked_parameters(model) if name.startswith(inside) and name not in stacks]
     if unknown and any(rule.format != "none" for rule in recipe.quantize):
         warnings.warn(
             f"{len(unknown)} stacks of experts stay dense, such as {unknown[0]}: only stacks [E, N, K] are packed that "

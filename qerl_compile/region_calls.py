@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 def passes_for(state: "TransformState") -> list[Pass]:
     """Return the passes of training graphs in their order.
 
-    trained norms → noise → lora → fuse → quantize → fake quantize → sparsify → recompute. Those for trained norms and
-    weights, and recompute, are there only if asked for.
+    trained norms → noise → lora → fuse → quantize → experts → fake quantize → sparsify → recompute. Those for trained
+    norms, experts and trained weights, and recompute, are there only if there is something to do for them.
     """
     plan = state.plan
     passes: list[Pass] = [
@@ -77,7 +77,7 @@ def passes_for(state: "TransformState") -> list[Pass]:
 def rollout_passes_for(state: "TransformState") -> list[Pass]:
     """Return the passes of rollout graphs in their order.
 
-    trained norms → noise → fuse → quantize → fake quantize → sparsify → adapt → residual → rotary
+    trained norms → noise → fuse → quantize → experts → fake quantize → sparsify → adapt → residual → rotary
     """
     plan = state.plan
     groups = (*plan.groups, *plan.dense_groups)

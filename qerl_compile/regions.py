@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from qerl_compile.errors import GraphError
 from qerl_compile.graph import Program, linear_parts, unlift
-from qerl_compile.grouped_nodes import grouped_products
+from qerl_compile.grouped_nodes import grouped_products, stacked_parameters
 from qerl_compile.isolation import call_region, isolated
 
 
@@ -72,7 +72,8 @@ class LayerFacts:
     Attributes:
         linears: every linear called with a weight of its own.
         groups: linears that read the same node, in call order; only groups of two or more.
-        norms: modules whose 1-D weight scales the input of a linear, such as input_layernorm.
+        norms: modules whose 1-D weight scales the input of a linear, such as input_layernorm; in a layer with experts
+            only where nothing but linears reads it, so that no router does.
         feeds: (module, linears): a norm, or a linear that is one factor of a product such as up_proj, where nothing but
             these linears reads the result. A factor per channel can be moved from the one into the others.
         stacks: tensors [E, N, K] of experts that rows sorted by expert are multiplied with (grouped_nodes.py).
@@ -104,12 +105,19 @@ def layer_facts(program: Program) -> LayerFacts:
     by_input: dict[fx.Node, list[str]] = {}
     for node, path in program.linears():
         by_input.setdefault(linear_parts(node).x, []).append(path)
-    norms = dict.fromkeys(norm for x in by_input for norm in _feeding_norms(x))
     path_of = dict(program.linears())
+    stacks = dict.fromkeys(str(product.weight.target) for product in grouped_products(program))
+
+    def feeds_linears_only(x: fx.Node) -> bool:
+        return all(user in path_of and linear_parts(user).x is x for user in x.users)
+
+    # With experts, whatever else reads a norm is a router, which noise would make choose others.
+    sources = [x for x in by_input if not stacks or feeds_linears_only(x)]
+    norms = dict.fromkeys(norm for x in sources for norm in _feeding_norms(x))
     feeds = [
         (source, tuple(paths))
         for x, paths in by_input.items()
-        if all(user in path_of and linear_parts(user).x is x for user in x.users)
+        if feeds_linears_only(x)
         for source in _sole_source(x, path_of)
     ]
     return LayerFacts(
@@ -117,7 +125,7 @@ def layer_facts(program: Program) -> LayerFacts:
         groups=tuple(tuple(paths) for paths in by_input.values() if len(paths) > 1),
         norms=tuple(norms),
         feeds=tuple(feeds),
-        stacks=tuple(dict.fromkeys(str(product.weight.target) for product in grouped_products(program))),
+        stacks=tuple(stacks),
     )
 
 
@@ -186,7 +194,7 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
             expected="decoder layers that torch.compile captures in one graph each",
             got=str(fault).splitlines()[0],
             do="Build it with experts_implementation='grouped_mm'; other ways to compute experts are no graph."
-            if any(parameter.dim() == 3 for parameter in model.parameters())
+            if any(stacked_parameters(model))
             else "Report this model class; meanwhile torch.compile(model, backend='qerl') may work.",
         ) from fault
     unseen = [path for path in first.values() if path not in facts]

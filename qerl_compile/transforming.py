@@ -69,10 +69,8 @@ def transform(
     with torch.no_grad():
         for path in plan.quantize:
             attacher.weight(path, model.get_submodule(path).get_parameter("weight").data)
-        for stack, _ in plan.experts.values():
-            dense_ENK = model.get_parameter(stack.name).data
-            for path, place in stack.places.items():
-                attacher.weight(path, dense_ENK[place.expert, place.rows])
+        for name in plan.experts:
+            attacher.experts(name, model.get_parameter(name).data)
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     state = TransformState(recipe, attacher.finish(), inner, decode, recipe.train.recompute, base_name=name)
     become_qerl(model, state)

@@ -11,7 +11,8 @@ of weights is read:
 
 kernels/rehearsal.py does it: it calls the launchers on meta tensors and compiles what they would have launched into
 Triton's disk cache. The run neither waits nor depends on it. What fails is said once, by a warning in the log of this
-module, and is then compiled by the run itself.
+module, and is then compiled by the run itself. A run that ends before its rehearsal stops it; one that is killed has it
+end by itself.
 
 Inductor's own kernels are compiled by workers of torch's, which take seconds to start. They start when the module that
 has them is imported, so that is done here as well: torch would import it at the first graph.
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +89,7 @@ def rehearse(
 
     Returns:
         A handle, or None where nothing is to be compiled: no CUDA device, nothing packed, or activations that are not
-        bfloat16, which no kernel of ours takes.
+        bfloat16, which no kernel of ours takes. None too, with a warning, if the system gives no further process.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
@@ -107,7 +109,11 @@ def rehearse(
     if script is None:
         return None
     _set_cache_directory(0 if device.index is None else device.index)
-    rehearsal = Rehearsal(script)
+    try:
+        rehearsal = Rehearsal(script)
+    except OSError as fault:
+        log.warning("kernels are not compiled ahead, because no process could be started: %s", fault)
+        return None
     importlib.import_module("torch._inductor.compile_fx")  # its workers start
     return rehearsal
 
@@ -173,7 +179,9 @@ def _attention(model: nn.Module, plan: Plan, positions: int, page_tokens: int) -
     """Return the attention of a layer whose q, k and v are one packed product; None if there is no such layer."""
     config: Any = model.config
     config = config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):  # a config of another kind, or with a number for each layer
+        return None
     heads_kv = getattr(config, "num_key_value_heads", None) or heads
     d = getattr(config, "head_dim", None) or config.hidden_size // heads
     for group in plan.groups:
@@ -210,8 +218,8 @@ class Rehearsal:
     """
 
     def __init__(
-        self, script: Script, command: Sequence[str] = (sys.executable, "-m", "qerl_compile.kernels.rehearsal")
-    ) -> None:
+        self, script: Script, command: Sequence[str] = (sys.executable, "-P", "-m", "qerl_compile.kernels.rehearsal")
+    ) -> None:  # -P: no module is taken from the working directory
         root = str(Path(__file__).parents[1])
         paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
@@ -223,7 +231,8 @@ class Rehearsal:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # compilers quote what they like
             env=environment,
             start_new_session=True,  # a group of its own: `stop` reaches the processes that it forks
         )
@@ -240,7 +249,8 @@ class Rehearsal:
         """End the process and those that it forked, if they still run."""
         atexit.unregister(self.stop)
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(self._process.pid, signal.SIGTERM)
 
     def _read(self, script: str) -> None:
         process, said = self._process, ""
@@ -252,9 +262,7 @@ class Rehearsal:
         except BrokenPipeError:  # it has ended already; what it said is read below
             said = "it read no script"
         for line in process.stdout:
-            if line.startswith("{"):
-                self._take(json.loads(line))
-            else:
+            if not self._take(line):
                 said = line.strip() or said
         code = process.wait()
         if not self._total:
@@ -266,8 +274,18 @@ class Rehearsal:
                 "; ".join(self._failures[:3]),
             )
 
-    def _take(self, result: dict[str, Any]) -> None:
-        if "forms" in result:
-            self._total = result
-        elif result["error"]:
-            self._failures.append(f"{result['kernel']}: {result['error']}")
+    def _take(self, line: str) -> bool:
+        """Take a line if it is a result; compilers print to the same pipe, braces included."""
+        try:
+            result = json.loads(line)
+        except ValueError:
+            return False
+        match result:
+            case {"forms": int(), "seconds": float()}:
+                self._total = result
+            case {"kernel": str(), "error": str() | None}:
+                if result["error"]:
+                    self._failures.append(f"{result['kernel']}: {result['error']}")
+            case _:
+                return False
+        return True

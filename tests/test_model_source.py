@@ -69,3 +69,17 @@ def test_a_cached_snapshot_is_found_offline(tmp_path: Path, monkeypatch: pytest.
 def test_only_what_is_needed_leaves_the_hub(file: str, fetched: bool) -> None:
     allowed = any(fnmatch.fnmatch(file, pattern) for pattern in ALLOWED_PATTERNS)
     assert (allowed and not any(fnmatch.fnmatch(file, pattern) for pattern in IGNORED_PATTERNS)) == fetched
+
+
+def test_weights_stay_on_the_hub_where_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def fetch(_: str, *, allow_patterns: list[str], **__: object) -> str:
+        asked.append(allow_patterns)
+        return "here"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    resolve_model("org/name")
+    resolve_model("org/name", weights=False)
+    everything, less = asked
+    assert set(everything) - set(less) == {"*.safetensors"}

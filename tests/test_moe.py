@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import qerl_compile
 from qerl_compile.errors import CheckpointError, ExportError, FormatError, GraphError, ModelError, RecipeError
 from qerl_compile.expert_stacks import expert_stacks
+from qerl_compile.exporters.onnx import export_onnx
+from qerl_compile.exporters.verify.layers import layer_qualities
 from qerl_compile.formats.nvfp4 import dequantize
 from qerl_compile.inspection import layer_stages
 from qerl_compile.loading import empty_model
@@ -25,7 +28,7 @@ from tests.models import LONG, SIZES
 
 IDS = torch.tensor([[5, 9, 17, 33, 2, 8, 99], [7, 100, 3, 4, 60, 61, 62]])
 RECIPE = "qerl-nvfp4-aqn"
-ATTENTION = {"match": r".*self_attn\.\w+_proj", "format": "nvfp4"}
+ATTENTION = r".*self_attn\.\w+_proj"
 EXPERTS = r".*\.experts\.\d+\.\w+_proj"
 STACKS = [f"model.layers.{layer}.mlp.experts.{leaf}" for layer in (0, 1) for leaf in ("gate_up_proj", "down_proj")]
 
@@ -77,8 +80,10 @@ def saved(dense, tmp_path_factory):
     return directory
 
 
-def transformed(dense, *rules):
-    recipe = {"version": 1, "name": "a", "quantize": list(rules)}
+@pytest.fixture(scope="module")
+def attention_only(dense):
+    rules = [{"match": EXPERTS, "format": "none"}, {"match": r".*_proj", "format": "nvfp4"}]
+    recipe = {"version": 1, "name": "a", "quantize": rules}
     return qerl_compile.transform(copy.deepcopy(dense), recipe, inner="eager")
 
 
@@ -147,11 +152,8 @@ def test_gate_and_up_of_an_expert_share_a_scale_and_experts_do_not(model):
 
 def test_gradients_of_adapters_are_those_through_the_dequantized_experts(model, dense):
     """The oracle is the same model with its experts dense, at dequantized values: adapters as they are."""
-    rule = {"match": r".*self_attn\.\w+_proj", "format": "nvfp4"}
-    recipe = Recipe.named(RECIPE).model_dump() | {
-        "quantize": [rule],
-        "lora": [{"match": r".*self_attn\.\w+_proj", "rank": 4}],
-    }
+    rule = {"match": ATTENTION, "format": "nvfp4"}
+    recipe = Recipe.named(RECIPE).model_dump() | {"quantize": [rule], "lora": [{"match": ATTENTION, "rank": 4}]}
     packed_recipe = recipe | {"quantize": [rule, {"match": EXPERTS, "format": "nvfp4"}]}
     mine = qerl_compile.transform(copy.deepcopy(dense), packed_recipe, inner="eager")
     plain = qerl_compile.transform(oracle_of(mine, dense), recipe, inner="eager")
@@ -202,11 +204,7 @@ def test_a_copy_computes_the_same_and_a_loaded_state_is_taken_over(model, dense)
 # Recipes
 
 
-def test_experts_can_be_left_dense(dense):
-    rules = [{"match": EXPERTS, "format": "none"}, {"match": r".*_proj", "format": "nvfp4"}]
-    attention_only = qerl_compile.transform(
-        copy.deepcopy(dense), {"version": 1, "name": "a", "quantize": rules}, inner="eager"
-    )
+def test_experts_can_be_left_dense(attention_only, dense):
     assert not attention_only.qerl.plan.experts
     assert torch.allclose(logits(attention_only), logits(oracle_of(attention_only, dense)), atol=1e-5)
 
@@ -255,6 +253,30 @@ def test_experts_without_names_of_their_own_stay_dense_and_that_is_said(family):
         plan = make_plan(model, Recipe.named(RECIPE))
     assert not plan.experts
     assert len(plan.quantize) == 4
+
+
+def test_noise_stays_off_a_norm_that_router_and_shared_experts_read():
+    config = transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4, "num_hidden_layers": 1, "first_k_dense_replace": 0},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1},
+        **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    )
+    with torch.device("meta"):
+        plan = make_plan(transformers.DeepseekV3ForCausalLM(config), Recipe.named(RECIPE))
+    assert len(plan.experts) == 2
+    assert "model.layers.0.mlp.shared_experts.gate_proj" in plan.quantize
+    assert plan.noise == ("model.layers.0.input_layernorm", "model.layers.0.self_attn.q_a_layernorm")
+
+
+def test_the_kernel_of_a_convolution_is_not_taken_for_experts():
+    with torch.device("meta"):
+        model = transformers.Lfm2ForCausalLM(
+            transformers.Lfm2Config(**{**SIZES, "num_hidden_layers": 1, "layer_types": ["conv"]})
+        )
+    assert model.model.layers[0].conv.conv.weight.dim() == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make_plan(model, Recipe.named(RECIPE)).quantize
 
 
 def test_nan_in_an_expert_is_refused_before_anything_is_packed(dense):
@@ -311,20 +333,47 @@ def test_an_export_names_every_expert_and_loads_back_bit_for_bit(model, target, 
     assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"} <= set(ignored)
     again = qerl_compile.load(tmp_path / "out", dtype=torch.float32, inner="eager")
     assert_same_experts(again, model)
+    with pytest.raises(RecipeError, match=r"experts\.0\.\w+_proj: expected a full-precision weight to train"):
+        rules = [{"match": EXPERTS, "weights": "trained"}]
+        qerl_compile.load(tmp_path / "out", {"version": 1, "name": "a", "quantize": rules}, inner="eager")
     if target == "vllm":
         assert torch.allclose(logits(again), logits(model), atol=0.02)  # embeddings and router went through bf16
 
 
-def test_experts_that_stay_dense_are_exported_one_by_one_and_listed(dense, tmp_path):
-    rules = [{"match": r".*self_attn\.\w+_proj", "format": "nvfp4"}]
-    attention_only = qerl_compile.transform(
-        copy.deepcopy(dense), {"version": 1, "name": "a", "quantize": rules}, inner="eager"
-    )
+def test_the_worst_matrix_of_a_stack_is_what_verification_tells_of(model, dense):
+    """Of a copy that differs in one expert, and of full weights, as a merge writes them."""
+    changed, full = copy.deepcopy(model), oracle_of(model, dense)
+    changed.model.layers[1].mlp.experts.down_proj_packed.data[2, :, 0] ^= 0x88
+    full.model.layers[0].mlp.experts.gate_up_proj.data[3, -1] *= 1.5
+    for exported, merged, bits, worse in ((changed, False, [True, False], 3), (full, True, [None, None], 0)):
+        found = {each.path: each for each in layer_qualities(exported, model, merged=merged, original=None)}
+        assert [found[name].same_bits for name in (STACKS[0], STACKS[3])] == bits
+        assert [found[name].sqnr_db < 40 for name in STACKS] == [index == worse for index in range(4)]
+
+
+def test_experts_that_stay_dense_are_exported_one_by_one_and_listed(attention_only, dense, tmp_path):
     qerl_compile.export(attention_only, tmp_path / "out", target="vllm")
     tensors = load_file(tmp_path / "out/model.safetensors")
     path = "model.layers.0.mlp.experts.1.down_proj"
     assert torch.equal(tensors[f"{path}.weight"], dense.model.layers[0].mlp.experts.down_proj[1].bfloat16())
     assert path in json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+
+
+def test_from_pretrained_packs_experts_that_the_file_has_dense(attention_only, tmp_path):
+    qerl_compile.export(attention_only, tmp_path / "out", target="transformers")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", quantization_config=qerl_compile.QerlNVFP4HfConfig(RECIPE, inner="eager")
+    )
+    assert_same_experts(opened, qerl_compile.load(tmp_path / "out", RECIPE, inner="eager"))
+
+
+def test_packed_experts_are_refused_where_nobody_can_read_them(model, tmp_path):
+    qerl_compile.export(model, tmp_path / "out", target="transformers")
+    with pytest.raises(ModelError, match=r"packed linears, for from_pretrained; got packed experts"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(ExportError, match=r"experts\.gate_up_proj: expected linears"):
+        export_onnx(model, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_gate_and_up_with_unequal_scales_are_decoded_each_with_its_own(model, tmp_path):

@@ -93,9 +93,9 @@ def test_no_more_is_read_ahead_than_the_ring_holds(shards, monkeypatch):
     begun = []
     original = tensor_reading._fill
     monkeypatch.setattr(tensor_reading, "_fill", lambda *args: begun.append(args[1]) or original(*args))
-    with closing(read_ahead(entries_of(shards[1:]), CPU, block_bytes=64, blocks=3)) as tensors:
-        assert next(tensor for name, tensor in tensors if name == "long").nbytes == 2048  # 32 blocks
-        assert len(begun) <= 32 + 3
+    with closing(read_ahead(entries_of(shards[:1]), CPU, block_bytes=8, blocks=3)) as tensors:
+        assert next(tensors)[1].nbytes == 64  # 8 blocks, of more than 80 in the file
+        assert 8 <= len(begun) < 8 + 3
         assert readers()
     assert not readers()
 
@@ -165,6 +165,21 @@ def test_a_model_that_was_read_ahead_is_the_model_that_was_mapped(checkpoint, mo
     assert got.keys() == want.keys()
     assert all(same_bytes(got[name], want[name]) for name in want)
     assert not readers()
+
+
+def test_what_was_planned_is_told_before_a_byte_of_weights_is_read(checkpoint, monkeypatch):
+    told = []
+
+    def planned(model, plan, device):
+        told.append((all(parameter.is_meta for parameter in model.parameters()), len(plan.quantize), device))
+
+    def read(entries, device):
+        told.append("read")
+        return read_tensors(entries, device)
+
+    monkeypatch.setattr(loading, "read_tensors", read)
+    load(checkpoint, RECIPE, inner="eager", device="cpu", planned=planned)
+    assert told == [(True, 14, CPU), "read"]
 
 
 def test_a_load_that_fails_leaves_no_reader_behind(checkpoint, monkeypatch):

@@ -1,6 +1,8 @@
 """Kernels compiled ahead: which shapes follow from a model, and a process that may do what it likes."""
 
+import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,7 +85,7 @@ def warnings_heard(monkeypatch):
         ("import sys; sys.stdin.read(); sys.exit(3)", "the process ended with code 3"),
         (
             "import json; input(); print(json.dumps(dict(kernel='stream', seconds=1, error='ptxas: no'))); "
-            "print(json.dumps(dict(forms=2, seconds=1.0)))",
+            "print('{-# a dump #-}', '{}', 1, sep='\\n'); print(json.dumps(dict(forms=2, seconds=1.0)))",
             "stream: ptxas: no",
         ),
     ],
@@ -94,6 +96,43 @@ def test_a_failure_is_said_once_and_stops_nothing(warnings_heard, program, said)
     assert said in outcome.failures[0]
     (text,) = warnings_heard
     assert said in text
+
+
+PROCESSES = """
+import os, sys, time
+from qerl_compile.kernels import rehearsal
+
+def _compile(index):
+    os.write(1, b"%d\\n" % index)  # at once, whatever Python buffers
+    {what}
+
+rehearsal._compile = _compile
+rehearsal.forms = lambda script: [()] * 2
+rehearsal.main(sys.stdin)
+"""
+
+
+def test_a_compiler_that_crashes_ends_the_rehearsal(warnings_heard):
+    """A pool that waited for its result would wait for good."""
+    program = PROCESSES.format(what="os.kill(os.getpid(), 9)")
+    outcome = Rehearsal(SMALL, (sys.executable, "-c", program)).wait(60)
+    assert "terminated abruptly" in outcome.failures[0]
+    assert len(warnings_heard) == 1
+
+
+def test_nothing_of_a_rehearsal_outlives_a_run_that_is_killed():
+    """Each of its processes holds the pipe, which ends when the last of them has."""
+    program = PROCESSES.format(what="time.sleep(600)")
+    run = (
+        "import subprocess, sys; "
+        "subprocess.run([sys.executable, '-c', sys.argv[1]], input=sys.argv[2].encode(), start_new_session=True)"
+    )
+    two = replace(SMALL, processes=2)
+    process = subprocess.Popen([sys.executable, "-c", run, program, two.to_json()], stdout=subprocess.PIPE)
+    begun = {process.stdout.readline() for _ in range(2)}
+    process.kill()
+    assert process.communicate(timeout=60) == (b"", None)
+    assert begun == {b"0\n", b"1\n"}
 
 
 def test_a_rehearsal_that_is_stopped_ends_and_says_nothing(warnings_heard):

@@ -136,7 +136,7 @@ def opened(
             do="Calibrate the bf16 checkpoint of this model.",
         )
     place = usable_device(device)
-    model = meta_model(checkpoint, dtype)
+    model = meta_model(checkpoint.root, dtype)
     weights = FromCheckpoint(model, checkpoint, place, str(model_or_path))
     if tokenizer is None:
         from transformers import AutoTokenizer

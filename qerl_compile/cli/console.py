@@ -35,7 +35,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("torchao", "torch.utils._pytree"):  # the second warns about the first
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # the second warns about the first
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -105,7 +105,7 @@ def evaluate(
         drawn = evaluate_sampled(*given, how, samples)
     show(greedy, drawn, ks)
     what = f"{len(held_out)} items of {task}, {base}" + (f" with {source}" if source else ", no adapter")
-    packed = bool(policy.qerl.plan.quantize)
+    packed = policy.qerl.plan.packs
     then = report_command(model) if run else train_command(model) if packed else transform_command(model)
     if out is None:
         wrote_nothing(what, then=then)

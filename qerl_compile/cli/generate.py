@@ -52,7 +52,7 @@ def generate(
         stdout().print("[bold magenta]assistant[/] ", end="")
         stdout().print((assistant_prefix or "") + answer, markup=False, highlight=False)
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-    packed = bool(policy.qerl.plan.quantize)
+    packed = policy.qerl.plan.packs
     if is_run(model):
         then = export_command(model, packed=packed)
     else:

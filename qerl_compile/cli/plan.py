@@ -114,7 +114,7 @@ def warn_if_too_large(
         device_bytes: memory of the GPU; None for the present one.
     """
     from qerl_compile.cli.console import stderr
-    from qerl_compile.errors import ModelError
+    from qerl_compile.errors import GraphError, ModelError
     from qerl_compile.rl.footprint import Predictor, present_device_bytes
     from qerl_compile.rl.footprint.fitting import refuse_too_large
 
@@ -126,6 +126,8 @@ def warn_if_too_large(
         refuse_too_large(predictor, predictor.footprint(device_bytes))
     except ModelError as fault:
         stderr().print(f"may not fit: {fault}", style="yellow", highlight=False, markup=False)
+    except GraphError as fault:
+        stderr().print(f"not predicted whether it fits: {fault}", style="yellow", highlight=False, markup=False)
 
 
 def as_dict(footprint: "Footprint", fault: Exception | None = None) -> dict[str, Any]:

@@ -138,18 +138,18 @@ def train(
         about.refuse_other(out)
     rewards = resolve_rewards(reward, rows, extractor, timeout=rules.train.reward_timeout)
     ranks, interrupt = Ranks.join(), checkpoints.Interrupt()
+    rehearsals: list[Rehearsal] = []
+
+    def rehearse(skeleton: Any, what: Any, where: "torch.device") -> None:
+        """Kernels are compiled while weights stream in."""
+        started = rehearse_first_step(skeleton, what, rules.train, where, ranks=ranks.size)
+        rehearsals.extend([started] if started is not None else [])
+
     try:
         ranks.share(rules.train.prompts_per_step)
         ranks.wait()  # every rank has judged OUT before rank 0 makes it
         if ranks.is_first:
             warn_if_too_large(model, rules, adapter=adapter)
-        rehearsals: list[Rehearsal | None] = []
-
-        def rehearse(skeleton: Any, what: Any, where: "torch.device") -> None:
-            """Kernels are compiled while weights stream in."""
-            if inner == "inductor":
-                rehearsals.append(rehearse_first_step(skeleton, what, rules.train, where, ranks=ranks.size))
-
         policy = load(
             model,
             rules,
@@ -158,7 +158,7 @@ def train(
             adapter=adapter,
             seed=rules.train.seed,
             trust_remote_code=trust_remote_code,
-            planned=rehearse,
+            planned=rehearse if inner == "inductor" else None,
         )
         import peft  # noqa: F401  # seconds, which a save after SIGTERM must not take
 
@@ -214,8 +214,10 @@ def train(
         raise typer.Exit(interrupt.exit_code or 143) from None  # 143: another rank was asked
     finally:
         close_rewards(rewards)
+        for each in rehearsals:
+            each.stop()
     if not ranks.is_first:
         return
     stdout().print(f"held-out accuracy  {first_accuracy(out)}  →  {last.accuracy}", highlight=False, markup=False)
     what = "adapter/, metrics.jsonl, samples.jsonl, recipe.yaml, run.json"
-    wrote(out, what, then=export_command(out, packed=bool(policy.qerl.plan.quantize)))
+    wrote(out, what, then=export_command(out, packed=policy.qerl.plan.packs))

@@ -51,10 +51,12 @@ def transform(
         packed = calibrate(model, rules, texts, tokenizer=tokenizer, listen=reports.append, **options)
         stdout().print(summary(reports))
     plan = packed.qerl.plan
-    count = len(plan.quantize) + len(plan.trained_weights)
+    experts = plan.places()
+    count = len(plan.quantize) + len(plan.trained_weights) + len(experts)
+    of_experts = f" ({len(experts)} of experts)" if experts else ""
     groups = len(plan.groups) + len(plan.trained_groups)
     stdout().print(
-        f"{type(packed).__name__}: {count} linears to NVFP4 in {len(plan.layers)} layers, "
+        f"{type(packed).__name__}: {count} linears{of_experts} to NVFP4 in {len(plan.layers)} layers, "
         f"{groups} fused groups; in training the recipe adds {len(plan.lora)} adapters "
         f"and {len(plan.noise)} noisy norms"
     )

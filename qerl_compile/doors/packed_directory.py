@@ -86,6 +86,8 @@ class PackedDirectory:
         with torch.no_grad():
             for path in plan.quantize:
                 self._attach(path, model, attacher, device)
+            for name in plan.experts:  # dense in the file, and the recipe packs them
+                attacher.experts(name, model.get_parameter(name).data)
             for name, (owner, leaf) in self.layout.kv_scales.items():
                 scalar = positive_scalar(name, self._read([name], device), self._files)
                 model.get_submodule(owner).register_buffer(leaf, scalar)

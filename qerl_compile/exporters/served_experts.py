@@ -13,11 +13,11 @@ What this module does not do: stacks for which transformers has no names. They a
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from qerl_compile.errors import ExportError, FormatError
 from qerl_compile.expert_stacks import Place, Stack, expert_stacks
 from qerl_compile.formats.nvfp4 import PackedNVFP4
+from qerl_compile.grouped_nodes import stacked_parameters
 from qerl_compile.model import QerlModel
 from qerl_compile.passes.experts import SCALARS, PackedStack, packed_stack_of
 
@@ -86,15 +86,12 @@ def refuse_nameless_stacks(model: nn.Module) -> None:
     Raises:
         ExportError: naming the first.
     """
-    known = expert_stacks(model)
-    for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}"
-            stacked = parameter.dim() > 2 and not isinstance(module, _ConvNd)
-            if stacked and name not in known and name not in names_of_stacks(model):
-                raise ExportError(
-                    where=name,
-                    expected="experts that transformers knows by the names of a published checkpoint",
-                    got=f"experts stacked into one tensor {list(parameter.shape)}, of which it splits no name",
-                    do="Serve this model from its own checkpoint, with the adapter (target peft).",
-                )
+    known = expert_stacks(model).keys() | names_of_stacks(model)
+    for name, parameter in stacked_parameters(model):
+        if name not in known:
+            raise ExportError(
+                where=name,
+                expected="experts that transformers knows by the names of a published checkpoint",
+                got=f"experts stacked into one tensor {list(parameter.shape)}, of which it splits no name",
+                do="Serve this model from its own checkpoint, with the adapter (target peft).",
+            )

@@ -51,7 +51,7 @@ def linear(
     from qerl_compile.kernels import nvfp4_decode, nvfp4_two_step
     from qerl_compile.kernels.nvfp4_arithmetic import STANDARD, TWIDDLED
 
-    x_MK = _rows(x_MK)
+    x_MK = aligned_rows(x_MK)
     n, k, m = codes_NK2.shape[0], codes_NK2.shape[1] * 2, x_MK.shape[0]
     capability, multiprocessors = capability_and_multiprocessors(x_MK.device.index)
     if choice is None:
@@ -101,7 +101,7 @@ def adapted_linear(
     """
     from qerl_compile.kernels.lora_down import lora_down
 
-    x_MK = _rows(x_MK)
+    x_MK = aligned_rows(x_MK)
     (n, k2), m = codes_NK2.shape, x_MK.shape[0]
     capability, multiprocessors = capability_and_multiprocessors(x_MK.device.index)
     choice = dispatch.choose("forward", n, k2 * 2, m, capability, multiprocessors)
@@ -190,7 +190,7 @@ def linear_dx(
     from qerl_compile.kernels import nvfp4_dx, nvfp4_two_step
     from qerl_compile.kernels.nvfp4_arithmetic import GLUON, STANDARD, TWIDDLED
 
-    dy_MN = _rows(dy_MN)
+    dy_MN = aligned_rows(dy_MN)
     layout = TWIDDLED if twiddled else STANDARD
     n, k, m = codes_NK2.shape[0], codes_NK2.shape[1] * 2, dy_MN.shape[0]
     capability, multiprocessors = capability_and_multiprocessors(dy_MN.device.index)
@@ -221,7 +221,7 @@ def _add_lora(y_MN: Tensor, h_MR: Tensor | None, lora_B_NR: Tensor | None) -> Te
     return y_MN if h_MR is None or lora_B_NR is None else y_MN.addmm_(h_MR, lora_B_NR.T)
 
 
-def _rows(x: Tensor) -> Tensor:
+def aligned_rows(x: Tensor) -> Tensor:
     """The same matrix with contiguous, aligned rows that do not overlap: the copy engine takes no row stride of 0."""
     apart = x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0
     aligned = x.stride(1) == 1 and apart and x.data_ptr() % 16 == 0

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from qerl_compile.errors import GraphError
 from qerl_compile.kernels import grouped, ops
+from qerl_compile.kernels.cuda import aligned_rows
 from qerl_compile.kernels.cuda_device import on_its_device
 
 ALIGNED = 8
@@ -52,14 +53,14 @@ def _linear_dx(
 def two_step(x_SK: Tensor, offsets_E: Tensor, codes_ENK2: Tensor, block_ENG: Tensor, decode_EP: Tensor) -> Tensor:
     """y [S, N] in bfloat16; arguments as of the operator. Runs on any device whose torch has the grouped GEMM."""
     products_ENK = _products(codes_ENK2, block_ENG)
-    y_SN = F.grouped_mm(x_SK.contiguous(), products_ENK.transpose(-2, -1), offs=offsets_E)
+    y_SN = F.grouped_mm(aligned_rows(x_SK), products_ENK.transpose(-2, -1), offs=offsets_E)
     return _decoded(y_SN, offsets_E, decode_EP)
 
 
 def two_step_dx(dy_SN: Tensor, offsets_E: Tensor, codes_ENK2: Tensor, block_ENG: Tensor, decode_EP: Tensor) -> Tensor:
     """dx [S, K] in bfloat16; arguments as of the operator."""
     products_ENK = _products(codes_ENK2, block_ENG)
-    dx_SK = F.grouped_mm(_decoded(dy_SN, offsets_E, decode_EP), products_ENK, offs=offsets_E)
+    dx_SK = F.grouped_mm(aligned_rows(_decoded(dy_SN, offsets_E, decode_EP)), products_ENK, offs=offsets_E)
     # torch leaves rows that belong to no expert unwritten
     return dx_SK.masked_fill_((_rows(dy_SN) >= offsets_E[-1])[:, None], 0.0)
 

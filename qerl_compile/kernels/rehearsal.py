@@ -20,19 +20,26 @@ is wanted for weights. Triton asks its *driver* for the target; ours answers wha
 as before. Failures are printed as JSON with everything else, and warm_up.py says them.
 
 Why processes: half of a compilation is Python (benchmarks/precompile.py). Why a process that forks: torch and Triton
-are imported once, in seconds, and a parent that has no threads and no CUDA may fork.
+are imported once, in seconds, and a parent that has no threads and no CUDA may fork. A compiler that crashes takes its
+process along; the rehearsal then ends, and does not wait for a result that will never come.
+
+None of the processes outlives the run: the first looks every second whether its parent is still there, and the kernel
+ends the others with it. So a run may be killed by a signal that leaves it no time to tidy up.
 
 What this module does not do: know a model (warm_up.py), or compile Inductor's kernels (Inductor has workers for that).
 """
 
 # pyright: basic, reportCallIssue=false
 
+import ctypes
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,6 +47,8 @@ import torch
 from torch import Tensor
 
 from qerl_compile.kernels import cuda, cuda_device, paged_cuda, prepared_launch
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -210,15 +219,34 @@ def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> 
 
 
 def compile_forms(script: Script, made: list[Form]) -> Iterator[dict[str, Any]]:
-    """Compile forms in forked processes; yield what became of each: kernel, seconds, error or None."""
+    """Compile forms in forked processes; yield what became of each: kernel, seconds, error or None.
+
+    Raises:
+        BrokenProcessPool: one of the processes died, and with it the rest of the work.
+    """
     from triton.runtime import driver
 
+    parent = os.getppid()
     driver.set_active(_Driver(script.capability))  # pyright: ignore[reportArgumentType]  # all of it that warmup asks
     if not made:
         return
     _made[:] = made
-    with multiprocessing.get_context("fork").Pool(max(1, min(script.processes, len(made)))) as pool:
-        yield from pool.imap_unordered(_compile, range(len(made)))
+    context, workers = multiprocessing.get_context("fork"), max(1, min(script.processes, len(made)))
+    with ProcessPoolExecutor(workers, context, _end_with, (os.getpid(),)) as pool:
+        left = {pool.submit(_compile, index) for index in range(len(made))}
+        while left:
+            done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+            for one in done:
+                yield one.result()
+            if os.getppid() != parent:
+                os._exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process when the one that forked it ends, however that comes about."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
 
 
 _made: list[Form] = []  # inherited by forked processes: kernels cannot be pickled
@@ -267,8 +295,11 @@ def main(lines: Iterable[str]) -> None:
 
 
 def _say(result: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody listens any more
+        os._exit(1)
 
 
 if __name__ == "__main__":

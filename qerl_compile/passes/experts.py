@@ -19,7 +19,7 @@ The ghost has the strides of a matrix, (0, K, 1): torch's grouped product looks 
 any pass can remove it. So it needs memory for one matrix, which all ghosts of one shape in a model share.
 
 What is not done here: adapters on experts. LoRA goes to ordinary linears, such as those of attention; and noise stays
-off the norm before the router, which it would make choose other experts.
+off the norm before the router, which it would make choose other experts (regions.py).
 """
 
 from dataclasses import dataclass

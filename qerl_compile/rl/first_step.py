@@ -1,7 +1,7 @@
 """What the first training step will run, from a recipe alone; and its kernels compiled before it comes.
 
-A rollout decodes at the batch sizes of `schedule.buckets`, prefills up to 8192 tokens at a time, and an update runs
-micro-batches of up to `micro_batch_tokens`. Kernels are chosen by buckets of tokens (kernels/dispatch.py), so one
+A rollout decodes at the batch sizes of `schedule.buckets`, prefills up to `PREFILL_TOKENS` at a time, and an update
+runs micro-batches of up to `micro_batch_tokens`. Kernels are chosen by buckets of tokens (kernels/dispatch.py), so one
 number a bucket stands for all. warm_up.py says how they are compiled, and why that costs a run nothing if it fails.
 
 What this module does not do: compile graphs. Dynamo captures them when they first run.
@@ -14,11 +14,10 @@ import torch
 from qerl_compile.kernels.dispatch import BUCKETS
 from qerl_compile.plan import Plan
 from qerl_compile.recipe import TrainConfig
-from qerl_compile.rl.rollout.paged import PAGE_TOKENS
+from qerl_compile.rl.rollout.paged import PAGE_TOKENS, PREFILL_TOKENS
 from qerl_compile.rl.rollout.schedule import buckets
 from qerl_compile.warm_up import Rehearsal, cores, rehearse
 
-PREFILL_TOKENS = 8192  # of PagedSampler
 PROMPT_TOKENS = 512  # assumed: longer prompts change how many stretches a row's keys are read in, a form or two
 FEWEST_TOKENS = 128  # of a prefill or micro-batch that a rehearsal prepares for
 

@@ -25,6 +25,7 @@ What this module does not do: clip, schedule, or decide whether a step is taken 
 """
 
 import importlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ def _bitsandbytes() -> Any:
         library = importlib.import_module("bitsandbytes")
     except ImportError as fault:
         raise RecipeError(where=where, expected=expected, got=str(fault), do=do) from fault
-    if tuple(int(part) for part in library.__version__.split(".")[:2]) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", library.__version__)[:2])) < OLDEST:
         raise RecipeError(where=where, expected=expected, got=library.__version__, do=do)
     return library
 

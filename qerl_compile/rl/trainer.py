@@ -132,11 +132,14 @@ class Trainer:
                 got="none",
                 do="Pass --teacher MODEL, or set train.distill_weight=0.",
             )
+        if self.config.rollout_cache == "freed" and not isinstance(self.sampler, PagedSampler | None):
+            raise ModelError(
+                where="train.rollout_cache=freed",
+                expected="our own rollout engine, whose cache can be given back",
+                got=type(self.sampler).__name__,
+                do="Set train.rollout_cache=kept.",
+            )
         self.ranks.share(self.config.prompts_per_step)
-        state = state_of(self.model)
-        if self.rehearsal is None and self.sampler is None and state.inner == "inductor":
-            device = self.parameters[0].device
-            self.rehearsal = rehearse_first_step(self.model, state.plan, self.config, device, ranks=self.ranks.size)
         self.optimizer = make_optimizer(self.model, self.parameters, self.config)
         self.schedule = NoiseSchedule.of(self.recipe.noise, self.config.steps)
         self.noise_sites = len(state_of(self.model).plan.noise)
@@ -152,16 +155,13 @@ class Trainer:
         self.engine = self.sampler or PagedSampler(
             self.model, rows=self.config.rollout_batch, budget_bytes=budget_bytes, share=share
         )
-        if self.config.rollout_cache == "freed" and not isinstance(self.engine, PagedSampler):
-            raise ModelError(
-                where="train.rollout_cache=freed",
-                expected="our own rollout engine, whose cache can be given back",
-                got=type(self.engine).__name__,
-                do="Set train.rollout_cache=kept.",
-            )
         self.updater = Updater(
             self.model, self.parameters, self.optimizer, self.config, self.pad_id, self.ranks, self.teacher
         )
+        state = state_of(self.model)
+        if self.rehearsal is None and self.sampler is None and state.inner == "inductor":  # nothing is refused any more
+            device = self.parameters[0].device
+            self.rehearsal = rehearse_first_step(self.model, state.plan, self.config, device, ranks=self.ranks.size)
 
     def go_on(self, progress: Progress) -> None:
         """Take up a run where a checkpoint left it; model and optimizer are restored already."""

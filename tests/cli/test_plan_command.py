@@ -4,6 +4,7 @@ import json
 import pytest
 
 from qerl_compile.cli.plan import warn_if_too_large
+from qerl_compile.errors import GraphError
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl import footprint
 from tests.cli.conftest import command, next_command, refusal
@@ -43,7 +44,10 @@ def test_a_plan_fits_one_screen_and_ends_with_the_next_command(large):
 
 
 def test_a_plan_that_does_not_fit_exits_with_1_and_names_a_setting(world):
-    small = command("plan", world / "base", *SETTINGS, "--gpu-gib", "1.08")  # of which 1 GiB is not torch's
+    needed = json.loads(command("plan", world / "base", *SETTINGS, "--json").text)
+    peak = max(needed["rollout_peak"], needed["training_most"])
+    gib = 1 + 0.98 * peak / GIB  # 1 GiB is not torch's
+    small = command("plan", world / "base", *SETTINGS, "--gpu-gib", f"{gib:.6f}")
     assert small.code == 1, (small.text, small.fault)
     last = small.text.splitlines()[-1]
     assert last.startswith("error plan of ")
@@ -74,3 +78,24 @@ def test_a_run_is_warned_and_not_refused(world, capsys):
 
 def test_a_faulty_recipe_is_refused_before_anything_is_planned(world):
     assert "train.group_size" in refusal("plan", world / "base", "--set", "train.group_size=1")
+
+
+def test_train_with_plan_predicts_prints_the_command_without_it_and_writes_nothing(world, monkeypatch):
+    settings = SETTINGS[: SETTINGS.index("--prompt-tokens")]
+    task = ["--task", f"{world}/sums.jsonl:held_out=0.3"]
+    words = ["train", str(world / "base"), *task, "-o", str(world / "planned"), *settings]
+    monkeypatch.setattr("sys.argv", ["/bin/qerl-compile", *words, "--plan"])
+    planned = command(*words, "--plan")
+    assert planned.code == 0, (planned.text, planned.fault)
+    assert "peak" in planned.text
+    assert next_command(planned.text) == ["qerl-compile", *words]
+    assert not (world / "planned").exists()
+
+
+def test_a_run_whose_graphs_cannot_be_predicted_goes_on(world, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise GraphError(where="layer 0", expected="a graph", got="none", do="Nothing.")
+
+    monkeypatch.setattr(footprint, "Predictor", fails)
+    warn_if_too_large(str(world / "base"), Recipe.named("qerl-nvfp4-aqn"), device_bytes=GIB)
+    assert "not predicted whether it fits: layer 0" in capsys.readouterr().err

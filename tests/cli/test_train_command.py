@@ -2,10 +2,12 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from qerl_compile.errors import CheckpointError
 from qerl_compile.rl.metrics import read_metrics
 from qerl_compile.rl.trainer import Trainer
 from tests.cli.conftest import command, next_command, refusal, succeed, tiny
@@ -93,6 +95,23 @@ def test_a_run_that_fails_later_keeps_its_metrics_and_says_that_it_is_unfinished
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     for words in (["generate", out, "hello"], ["export", out, "--target", "vllm", "-o", tmp_path / "x"]):
         assert f"{out}/adapter: expected the adapter of a finished run; got none" in refusal(*words)
+
+
+def test_a_run_that_fails_stops_what_compiles_kernels_for_it(world, tmp_path, monkeypatch):
+    said = []
+
+    def begin(skeleton, plan, config, device, *, ranks):
+        said.append((next(skeleton.parameters()).is_meta, config.steps, ranks))
+        return SimpleNamespace(stop=lambda: said.append("stopped"))
+
+    def read(entries, device):
+        raise CheckpointError(where="a shard", expected="weights", got="none", do="Nothing.")
+
+    monkeypatch.setattr("qerl_compile.rl.first_step.rehearse_first_step", begin)
+    monkeypatch.setattr("qerl_compile.loading.read_tensors", read)
+    assert "a shard" in refusal(*train(world, tmp_path / "out", train__steps=3), "--inner", "inductor")
+    assert said == [(True, 3, 1), "stopped"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_is_not_overwritten(run, tmp_path):

@@ -1,6 +1,8 @@
 import json
 
 from tests.cli.conftest import next_command, refusal, succeed, tiny
+from tests.test_moe import tiny_mixture
+from tests.tokenizer import byte_tokenizer
 
 
 def test_transform_writes_a_packed_checkpoint_and_says_so(packed):
@@ -14,6 +16,13 @@ def test_transform_writes_a_packed_checkpoint_and_says_so(packed):
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"}
     config = json.loads((packed.path / "config.json").read_text())
     assert config["quantization_config"]["format"] == "nvfp4-pack-quantized"
+
+
+def test_experts_are_counted_among_the_linears(tmp_path):
+    tiny_mixture(num_hidden_layers=1, vocab_size=259).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    text = succeed("transform", tmp_path / "base", "-o", tmp_path / "out")
+    assert text.startswith("Qwen3MoeForCausalLM: 16 linears (12 of experts) to NVFP4 in 1 layers")
 
 
 def test_the_command_that_transform_names_trains_on_what_it_wrote(packed):

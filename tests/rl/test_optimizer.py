@@ -118,7 +118,7 @@ def missing(moments):
 
 
 @pytest.mark.parametrize("change", [shorter, too_few_blocks, short_table, wide, negative, missing])
-def test_moments_of_another_shape_are_refused_before_a_kernel_reads_behind_them(tmp_path, monkeypatch, change):
+def test_moments_of_another_shape_are_refused_before_a_kernel_reads_behind_them(change):
     from qerl_compile.errors import CheckpointError
     from qerl_compile.rl.checkpoints import optimizer_state
     from qerl_compile.rl.checkpoints.eight_bit_state import MOMENTS

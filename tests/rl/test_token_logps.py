@@ -91,6 +91,13 @@ def test_chunks_give_values_and_gradients_of_whole_logits(family, chunk_bytes):
     assert_equals_whole_logits(tiny_model(family), one_batch(), chunk_bytes, 5e-6)
 
 
+def test_a_sliding_window_is_as_wide_without_a_mask():
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    model, wide = (tiny_model("gemma3", sliding_window=width, **kinds) for width in (4, 64))
+    assert not torch.allclose(*(whole(each, one_batch(), 0.7)[0] for each in (model, wide)), atol=0.01)
+    assert_equals_whole_logits(model, one_batch(), FIVE_TOKENS, 5e-6)
+
+
 @pytest.mark.parametrize("chunk_bytes", [FIVE_TOKENS, ALL_TOKENS])
 def test_bfloat16_logits_are_rounded_where_the_model_rounds_them(chunk_bytes):
     model = tiny_model("llama", dtype=torch.bfloat16)

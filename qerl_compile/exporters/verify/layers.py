@@ -11,7 +11,8 @@ Two questions, for every linear that the export packed or merged:
 Round-to-nearest NVFP4 of a Gaussian matrix has 20.4 dB, a relative error of 0.095. A reciprocal scale, swapped nibbles
 or scales of another layer give some 0 dB or less. Infinity means equal.
 
-The matrix scale is compared across both dialects: equal numbers, or one is the fp32 reciprocal of the other.
+The matrix scale is compared across both dialects: equal numbers, or one is the fp32 reciprocal of the other. A stack of
+experts has one line, that of its worst matrix.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from qerl_compile.exporters.served_experts import packed_experts, packed_stacks
 from qerl_compile.exporters.sqnr import sqnr_db
 from qerl_compile.formats.nvfp4 import PackedNVFP4, dequantize
 from qerl_compile.graph import held_tensor
+from qerl_compile.passes.experts import packed_stack_of
 from qerl_compile.passes.quantize import packed_of
 
 
@@ -72,22 +74,30 @@ def layer_qualities(
             expected_NK = _weight(own_module, own)
         same = None if merged or own is None or found is None else same_bits(own, found)
         yield LayerQuality(path, sqnr_db(expected_NK, _weight(module, found)), same)
-    yield from _stack_qualities(exported, model, original=None if merged else original)
+    yield from _stack_qualities(exported, model, merged=merged, original=original)
 
 
 def _stack_qualities(
-    exported: nn.Module, model: nn.Module, *, original: Callable[[str], Tensor] | None
+    exported: nn.Module, model: nn.Module, *, merged: bool, original: Callable[[str], Tensor] | None
 ) -> Iterator[LayerQuality]:
-    """Yield one row for each packed stack of experts: the worst of its matrices, and whether all have the same bits."""
+    """Yield one row for each stack of experts that the model has packed: the worst of its matrices."""
     own = packed_experts(model)
-    for stack, held in packed_stacks(exported):
+    for stack, _ in packed_stacks(model):
+        module = exported.get_submodule(stack.module)
+        held = packed_stack_of(module, stack.leaf)  # None in a merge to full weights
         worst_db, same = float("inf"), True
         for path, place in stack.places.items():
-            found = held.part(place.expert, place.rows.start // stack.part_rows)
-            w_NK = dequantize(own[path], torch.float32) if original is None else original(f"{path}.weight").float()
-            worst_db = min(worst_db, sqnr_db(w_NK, dequantize(found, torch.float32)))
-            same = same and same_bits(own[path], found)
-        yield LayerQuality(stack.name, worst_db, same)
+            if merged or original is None:
+                expected_NK = dequantize(own[path], torch.float32)
+            else:
+                expected_NK = original(f"{path}.weight").float()
+            if held is None:
+                found_NK = held_tensor(module, stack.leaf).detach()[place.expert, place.rows].float()
+            else:
+                found = held.part(place.expert, place.rows.start // stack.part_rows)
+                found_NK, same = dequantize(found, torch.float32), same and same_bits(own[path], found)
+            worst_db = min(worst_db, sqnr_db(expected_NK, found_NK))
+        yield LayerQuality(stack.name, worst_db, None if merged or held is None else same)
 
 
 def same_bits(one: PackedNVFP4, other: PackedNVFP4) -> bool:

@@ -47,7 +47,10 @@ class LayerCall:
 
 
 def layer_calls(model: nn.Module, paths: Iterable[str]) -> dict[str, LayerCall]:
-    """Run a plain model on meta once and return how it called the layers `paths`."""
+    """Run a plain model on meta once and return how it called the layers `paths`, but for the mask.
+
+    Updates and prefills pass no mask (rl/logit_head.py, rl/rollout/cache.py).
+    """
     calls: dict[str, LayerCall] = {}
     layers = {path: layer for path, layer in decoder_layers(model).items() if path in set(paths)}
     for path, layer in layers.items():
@@ -66,7 +69,7 @@ def layer_calls(model: nn.Module, paths: Iterable[str]) -> dict[str, LayerCall]:
 
 def _recorder(path: str, layer: nn.Module, calls: dict[str, LayerCall]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        calls[path] = LayerCall(args, kwargs)
+        calls[path] = LayerCall(args, {**kwargs, "attention_mask": None})
         return layer._call_impl(*args, **kwargs)
 
     return call
@@ -196,11 +199,10 @@ def _compiled(
 
 def _mark(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Mark rows and positions dynamic, as region_calls.py does."""
-    mask = kwargs.get("attention_mask")
     for value in (*args, *kwargs.values()):
         for tensor in value if isinstance(value, tuple) else (value,):
             if isinstance(tensor, Tensor) and tensor.dim() >= 2:
-                mark_dynamic(tensor, (0, 2, 3) if tensor is mask else (0, 1))
+                mark_dynamic(tensor, (0, 1))
 
 
 def _output(graph: fx.Graph) -> tuple[Any, ...]:

@@ -8,8 +8,8 @@ run holds: flash and memory-efficient kernels keep q, k, v, the output and one n
 dq in float32 (FlashAttention-2, arXiv 2307.08691, algorithm 2). These two operators have shapes and a derivative and
 nothing else; a layer's graph that holds them in place of torch's saves what a run on a GPU saves.
 
-A boolean mask becomes an additive bias in the dtype of q, as in torch's own dispatch, and heads that share keys are
-repeated where a mask is given, as transformers does it: both are in the graph and counted there.
+Neither updates nor prefills pass a mask. A layer that makes one for itself (a sliding window) may: a boolean one
+becomes an additive bias in the dtype of q, as in torch's own dispatch, and is counted.
 
 Shapes: B rows, H query heads, J kv heads, S queries, T keys, D head size.
 """

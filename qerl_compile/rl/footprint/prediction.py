@@ -233,7 +233,6 @@ class Predictor:
         kept = [graph.kept_bytes(rows, positions) for graph in graphs]
         all_kept = sum(kind.count * size for kind, size in zip(kinds, kept, strict=True))
         width = tokens * self.width
-        mask = tokens * positions  # bool [B, 1, S, S], which all layers share
         chunk = CHUNKS_AT_PEAK * min(CHUNK_BYTES, 4 * tokens * self.vocabulary)
         head = width * (itemsize + 4) + chunk + 2 * width * itemsize  # final norm in float32; features, their gradient
         backward = max(graph.backward_bytes(rows, positions) - size for graph, size in zip(graphs, kept, strict=True))
@@ -244,7 +243,7 @@ class Predictor:
             gradients = max(0, lowest - all_kept - max(head, backward))
         parts = {
             "gradients": gradients,
-            "kept activations": all_kept + mask,
+            "kept activations": all_kept,
             "backward": max(head, backward),
         }
         # The state that an update without finite numbers goes back to.

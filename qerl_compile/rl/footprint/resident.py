@@ -96,8 +96,8 @@ def source_of(model_or_config: Any) -> tuple[Any, frozenset[str]]:
     """Return a causal LM on meta, and which of its linears come packed.
 
     Args:
-        model_or_config: a model directory, hub id or "smollm2"; a transformers config; or a causal LM on meta, which
-            is changed.
+        model_or_config: a model directory, which may lack the weights, hub id or "smollm2"; a transformers config; or
+            a causal LM on meta, which is changed.
 
     Raises:
         CheckpointError: as `load` of this directory.
@@ -106,15 +106,19 @@ def source_of(model_or_config: Any) -> tuple[Any, frozenset[str]]:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+    from qerl_compile.checkpoint_config import read_config
     from qerl_compile.checkpoint_dir import open_checkpoint
     from qerl_compile.layouts import layout_of
     from qerl_compile.loading import meta_model, model_directory
 
     packed: frozenset[str] = frozenset()
     if isinstance(model_or_config, (str, PathLike)):
-        checkpoint = open_checkpoint(model_directory(model_or_config))
-        packed = frozenset(layout_of(checkpoint).linears)
-        model = meta_model(checkpoint, None)
+        root = model_directory(model_or_config, weights=False)
+        config = read_config(root, [file.name for file in root.iterdir()], trust_remote_code=False)
+        if "quantization_config" in config or any(root.glob("*.safetensors")):
+            checkpoint = open_checkpoint(model_directory(model_or_config))  # names and shapes say what is packed
+            root, packed = checkpoint.root, frozenset(layout_of(checkpoint).linears)
+        model = meta_model(root, None)
     elif isinstance(model_or_config, PreTrainedConfig):
         with init_empty_weights(include_buffers=False):
             dtype = model_or_config.dtype or torch.bfloat16

@@ -56,6 +56,7 @@ PAGE_TOKENS = {
     "cuda": 64,
     "cpu": 16,
 }  # a page is a tile of the GPU's kernel; a CPU kernel gains nothing from large ones
+PREFILL_TOKENS = 8192
 
 
 class PagedSampler:
@@ -79,7 +80,7 @@ class PagedSampler:
         budget_bytes: int | None = None,
         share: float = CACHE_SHARE,
         page_tokens: int | None = None,
-        prefill_tokens: int = 8192,
+        prefill_tokens: int = PREFILL_TOKENS,
         graphs: bool | None = None,
     ) -> None:
         self.model, self.rows, self.prefill_tokens = model, rows, prefill_tokens
@@ -167,7 +168,9 @@ class PagedSampler:
             itemsize=shape.dtype.itemsize,
         )
         free = _free_bytes(self.device) + (old.pages * bytes_of_a_page if old else 0)
-        had = self._pages if self._pages * bytes_of_a_page <= free else 0
+        # What a step itself needs was to fit into the rest: half of that is left to it at least.
+        most = free if self.budget_bytes is not None else int(free * (1 + self.share) / 2)
+        had = self._pages if self._pages * bytes_of_a_page <= most else 0
         if had >= work.most_pages(rows):
             pages = had
         else:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qerl_compile.errors import ModelError
+from qerl_compile.errors import CheckpointError, ModelError
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl.footprint import Predictor, predict
 from qerl_compile.rl.footprint.fitting import candidates, fitting, refuse_too_large
@@ -77,10 +77,8 @@ def test_what_layers_keep_is_what_autograd_saves_in_a_real_run(predictor):
         return tensor
 
     ids = torch.arange(rows * positions).view(rows, positions) % 100
-    mask = torch.ones_like(ids)
-    mask[0, :8] = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+        model.get_decoder()(input_ids=ids, use_cache=False)
     kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     (graph,) = predictor._training(recompute=False)
     assert LAYERS * graph.kept_bytes(rows, positions) == pytest.approx(kept, rel=0.1)  # the final norm saves a little
@@ -168,6 +166,23 @@ def test_a_model_whose_weights_do_not_fit_wants_a_larger_gpu(predictor):
     found = predictor.footprint(OUTSIDE_BYTES + MIB // 2)
     with pytest.raises(ModelError, match="larger GPU"):
         refuse_too_large(predictor, found)
+
+
+def test_a_directory_is_planned_before_its_weights_are_there(tmp_path):
+    model = wide_model()
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")  # a hub id's, of which only JSON was fetched
+    empty, packed = source_of(tmp_path)
+    assert not packed
+    assert {name: t.shape for name, t in empty.named_parameters()} == {n: t.shape for n, t in model.named_parameters()}
+
+
+def test_a_directory_that_is_packed_is_not_planned_without_its_tensors(tmp_path):
+    wide_model().config.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "modelopt"},', 1))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        source_of(tmp_path)
 
 
 def test_a_model_with_weights_is_refused():

@@ -208,7 +208,7 @@ def test_pages_that_no_longer_fit_are_counted_anew(model, monkeypatch):
     want = sampler.generate(PROMPTS, 2, GREEDY)
     had = sampler._cache.pages
     sampler.release()
-    monkeypatch.setattr(engine, "_free_bytes", lambda _: (had - 1) * A_PAGE)
+    monkeypatch.setattr(engine, "_free_bytes", lambda _: had * A_PAGE)  # none would be left for a step
     got = sampler.generate(PROMPTS, 2, GREEDY)
     assert sampler._cache.pages < had
     assert [r.completion_ids for r in got] == [r.completion_ids for r in want]
