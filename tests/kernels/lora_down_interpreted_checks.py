@@ -11,6 +11,7 @@ import json
 import torch
 
 from qerl_compile.kernels import lead_in, lora_down, nvfp4_fragments, nvfp4_permute
+from tests.models import LONG
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -20,7 +21,7 @@ tickets = torch.zeros(1 << 10, dtype=torch.int32)
 lora_down.partial_sums = lambda device, count: scratch.fill_(float("nan"))[:count]
 lora_down.flags = lead_in.flags = lambda device, count: tickets[:count]
 
-for dtype in (torch.float32, torch.float16):
+for dtype in (torch.float16, torch.float32)[: 1 + LONG]:
     for m, r, k in ((1, 16, 128), (3, 48, 208), (16, 32, 256), (37, 64, 400)):
         # columns of a larger matrix on the left, rows of one on the right; the rest is poison
         x = torch.full((m, k + 48), float("nan"), dtype=dtype)[:, 16 : 16 + k].copy_(torch.randn(m, k))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qerl_compile.kernels import lora_down
 from tests.kernels.interpreted import interpreted
+from tests.models import LONG
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def results():
     return interpreted("lora_down_interpreted_checks.py")
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "limit"), [("float16", 1e-3), ("float32", 1e-6)][: 1 + LONG])
 def test_every_form_agrees_with_float64_and_leaves_its_tickets_at_zero(results, dtype, limit):
     errors = {name: value for name, value in results.items() if name.startswith(f"torch.{dtype}")}
     assert len(errors) == 29
