@@ -28,7 +28,7 @@ from qerl_compile.recipe import Recipe, TrainConfig
 from qerl_compile.rl.footprint.layer_graphs import PrefillGraph, TrainingGraphs, prefill_graph, training_graphs
 from qerl_compile.rl.footprint.liveness import rounded
 from qerl_compile.rl.footprint.resident import Held, LayerKind, skeleton, source_of
-from qerl_compile.rl.optimizer import BLOCK_ELEMENTS
+from qerl_compile.rl.optimizer import moment_bytes
 from qerl_compile.rl.rollout.cache import CacheShape
 from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload, page_bytes
 from qerl_compile.rl.rollout.paged import PAGE_TOKENS
@@ -173,10 +173,8 @@ class Predictor:
         )
 
     def _moments(self, train: TrainConfig) -> int:
-        trained = self.skeleton.held.trained
-        if train.optimizer == "adamw_8bit":
-            return 2 * (trained + 4 * trained // BLOCK_ELEMENTS)
-        return 2 * 4 * trained
+        trained = [parameter.numel() for parameter in self.skeleton.model.parameters() if parameter.requires_grad]
+        return moment_bytes(trained, train.optimizer)
 
     def _pages(self, train: TrainConfig, device_bytes: int | None, prompt_tokens: int) -> tuple[int, int, int]:
         """Return bytes of the pages that a run will have, could use, and cannot do without."""
