@@ -38,7 +38,8 @@ import torch
 
 from benchmarks.rollout_cpu import cpu
 from qerl_compile.rl.rollout import PagedSampler, Rollouts, Sampling, paged
-from qerl_compile.rl.rollout.memory import Workload, page_bytes
+from qerl_compile.rl.rollout.cache import CacheShape
+from qerl_compile.rl.rollout.memory import Workload
 from qerl_compile.rl.rollout.pages import PagePool
 from qerl_compile.rl.rollout.schedule import Admission, Request, Schedule
 from qerl_compile.transforming import resample_noise, transform
@@ -242,8 +243,8 @@ def budget(device: str) -> int:
     """Bytes for a quarter of the pages that the rows could use at most."""
     tokens = paged.PAGE_TOKENS[device]
     most = Workload((LONGEST,) * ROWS, 1, NEW, tokens).most_pages(ROWS)
-    size = page_bytes(layers=2, kv_heads=2, page_tokens=tokens, head_dim=16, itemsize=4 if device == "cpu" else 2)
-    return most // 4 * size
+    shape = CacheShape(2, 2, 16, tokens, torch.float32 if device == "cpu" else torch.bfloat16)
+    return most // 4 * shape.page_bytes
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qerl_compile.kernels.rehearsal import Attention, Linear, Script
+from qerl_compile.kernels.rehearsal_script import Attention, Linear, Script
 from qerl_compile.passes.adapt import padded_rank
 from qerl_compile.plan import Plan
 

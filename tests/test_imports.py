@@ -56,6 +56,18 @@ def test_an_unknown_public_name_is_an_attribute_error_that_lists_the_known_ones(
     assert set(qerl_compile.__all__) - {"__version__"} == set(qerl_compile._HOMES)
 
 
+def test_what_only_developers_install_is_not_needed_to_train_and_export():
+    """The README's main job runs where none of these is; here they are, so they are hidden."""
+    absent = ("triton", "bitsandbytes", "torchao", "trl", "onnx", "onnxscript", "matplotlib", "tensorboard")
+    names = modules_after(
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
+        "import qerl_compile.loading, qerl_compile.rl.trainer, qerl_compile.rl.first_step, qerl_compile.rl.optimizer\n"
+        "import qerl_compile.rl.footprint, qerl_compile.cli.train, qerl_compile.exporters.serving"
+    )
+    assert "qerl_compile.warm_up" in names
+    assert of(names, absent) == set(absent)
+
+
 COMMANDS = ("plan", "transform", "train", "eval", "report", "generate", "export", "inspect", "diff")
 
 

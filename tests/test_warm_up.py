@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qerl_compile.kernels.dispatch import BUCKETS
-from qerl_compile.kernels.rehearsal import Attention, Linear, Script
+from qerl_compile.kernels.rehearsal_script import Attention, Linear, Script
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl.first_step import _up_to, rehearse_first_step

@@ -34,13 +34,18 @@ def packed_experts(model: nn.Module) -> dict[str, PackedNVFP4]:
             try:
                 packed[path] = held.part(place.expert, place.rows.start // stack.part_rows)
             except FormatError as fault:
-                raise ExportError(
-                    where=f"{path}: {fault.where}",
-                    expected=fault.expected,
-                    got=fault.got,
-                    do="Load the model again; its packed weights were overwritten.",
-                ) from None
+                raise overwritten(path, fault) from None
     return packed
+
+
+def overwritten(path: str, fault: FormatError) -> ExportError:
+    """Return the refusal of packed weights that break the format now, though they did not when they were packed."""
+    return ExportError(
+        where=f"{path}: {fault.where}",
+        expected=fault.expected,
+        got=fault.got,
+        do="Load the model again; its packed weights were overwritten.",
+    )
 
 
 def packed_stacks(model: nn.Module) -> Iterator[tuple[Stack, PackedStack]]:

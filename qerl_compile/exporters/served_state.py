@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from qerl_compile.adapter_files import TRAINED_NORM, adapters_of, trained_norms_of
 from qerl_compile.errors import ExportError, FormatError
-from qerl_compile.exporters.served_experts import dense_experts, names_of_stacks, packed_experts, routers
+from qerl_compile.exporters.served_experts import dense_experts, names_of_stacks, overwritten, packed_experts, routers
 from qerl_compile.formats.nvfp4 import PackedNVFP4
 from qerl_compile.graph import leaf_tensor
 from qerl_compile.model import QerlModel
@@ -129,12 +129,7 @@ def packed_linears(model: nn.Module) -> dict[str, PackedNVFP4]:
         try:
             weight = packed_of(module)
         except FormatError as fault:
-            raise ExportError(
-                where=f"{path}: {fault.where}",
-                expected=fault.expected,
-                got=fault.got,
-                do="Load the model again; its packed weights were overwritten.",
-            ) from None
+            raise overwritten(path, fault) from None
         if weight is not None:
             packed[path] = weight
     packed |= packed_experts(model)

@@ -8,14 +8,14 @@ import sys
 import torch
 
 from qerl_compile.kernels.cuda_device import capability_and_multiprocessors
-from qerl_compile.kernels.rehearsal import Attention, Linear, Script
+from qerl_compile.kernels.rehearsal_script import Attention, Linear, Script
 from qerl_compile.warm_up import Rehearsal
 
 LAUNCHES = """
 import json, sys, torch
 from triton import knobs
 import qerl_compile.kernels
-from qerl_compile.kernels.rehearsal import Script
+from qerl_compile.kernels.rehearsal_script import Script
 
 script, missed, found = Script.from_json(sys.argv[1]), [], []
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from qerl_compile.kernels import nvfp4_arithmetic
-from qerl_compile.kernels.rehearsal import Attention, Linear, Script
+from qerl_compile.kernels.rehearsal_script import Attention, Linear, Script
 from qerl_compile.warm_up import Rehearsal
 
 SMALL = Script((9, 0), 132, (Linear(256, 512, 16),), decode_rows=(2,))
@@ -13,7 +13,8 @@ SMALL = Script((9, 0), 132, (Linear(256, 512, 16),), decode_rows=(2,))
 FORMS = """
 import sys
 from collections import Counter
-from qerl_compile.kernels.rehearsal import Script, forms
+from qerl_compile.kernels.rehearsal import forms
+from qerl_compile.kernels.rehearsal_script import Script
 found = forms(Script.from_json(sys.argv[1]))
 names = Counter(kernel.__module__.rpartition(".")[2] for kernel, _, _ in found)
 print(dict(names))

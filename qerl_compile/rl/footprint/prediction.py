@@ -30,7 +30,7 @@ from qerl_compile.rl.footprint.liveness import rounded
 from qerl_compile.rl.footprint.resident import Held, LayerKind, skeleton, source_of
 from qerl_compile.rl.optimizer import moment_bytes
 from qerl_compile.rl.rollout.cache import CacheShape
-from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload, page_bytes
+from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload
 from qerl_compile.rl.rollout.paged import PAGE_TOKENS
 from qerl_compile.rl.token_logps import CHUNK_BYTES
 from qerl_compile.rl.trainer import TRAINING_SHARE
@@ -178,16 +178,9 @@ class Predictor:
 
     def _pages(self, train: TrainConfig, device_bytes: int | None, prompt_tokens: int) -> tuple[int, int, int]:
         """Return bytes of the pages that a run will have, could use, and cannot do without."""
-        shape = self.shape
-        one = page_bytes(
-            layers=shape.layers,
-            kv_heads=shape.kv_heads,
-            page_tokens=shape.page_tokens,
-            head_dim=shape.head_dim,
-            itemsize=shape.dtype.itemsize,
-        )
+        one = self.shape.page_bytes
         works = [
-            Workload((prompt_tokens,) * prompts, group, train.max_new_tokens, shape.page_tokens)
+            Workload((prompt_tokens,) * prompts, group, train.max_new_tokens, self.shape.page_tokens)
             for prompts, group in ((train.prompts_per_step, train.group_size), (train.eval_size, 1))
         ]
         wanted = max(2, *(work.most_pages(min(train.rollout_batch, work.samples)) for work in works)) * one

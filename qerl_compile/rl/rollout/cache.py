@@ -55,6 +55,11 @@ class CacheShape:
     page_tokens: int
     dtype: torch.dtype
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: its keys and its values, in all layers."""
+        return self.layers * 2 * self.kv_heads * self.page_tokens * self.head_dim * self.dtype.itemsize
+
     @classmethod
     def of(cls, model: Any, page_tokens: int) -> "CacheShape":
         """Read the shape off a model's config; the dtype is that of its embedding.

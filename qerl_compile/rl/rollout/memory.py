@@ -83,11 +83,6 @@ class Workload:
         return running + waiting
 
 
-def page_bytes(*, layers: int, kv_heads: int, page_tokens: int, head_dim: int, itemsize: int) -> int:
-    """Return the bytes of one page: its keys and its values, in all layers."""
-    return layers * 2 * kv_heads * page_tokens * head_dim * itemsize
-
-
 def plan_pages(
     workload: Workload,
     *,

@@ -37,7 +37,7 @@ from torch import Tensor
 from qerl_compile.rl.rollout.cache import CacheShape, PagedCache, PrefillView, paged_attention
 from qerl_compile.rl.rollout.decode import MOST_ENDS, DecodeStep, Rows, StepCode
 from qerl_compile.rl.rollout.leaves import Calls, compiled_leaves
-from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload, page_bytes, plan_pages
+from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload, plan_pages
 from qerl_compile.rl.rollout.pages import PagePool
 from qerl_compile.rl.rollout.randomness import uniform
 from qerl_compile.rl.rollout.schedule import (
@@ -160,13 +160,7 @@ class PagedSampler:
         Pages that were given back may not fit any more; then their number is decided anew.
         """
         shape, old = self.shape, self._cache
-        bytes_of_a_page = page_bytes(
-            layers=shape.layers,
-            kv_heads=shape.kv_heads,
-            page_tokens=shape.page_tokens,
-            head_dim=shape.head_dim,
-            itemsize=shape.dtype.itemsize,
-        )
+        bytes_of_a_page = shape.page_bytes
         free = _free_bytes(self.device) + (old.pages * bytes_of_a_page if old else 0)
         # What a step itself needs was to fit into the rest: half of that is left to it at least.
         most = free if self.budget_bytes is not None else int(free * (1 + self.share) / 2)

@@ -1,16 +1,18 @@
 """Pages and bytes by hand; that nothing needs more than the bounds say is in test_schedule.py."""
 
 import pytest
+import torch
 
 from qerl_compile.errors import ModelError
-from qerl_compile.rl.rollout.memory import Workload, check_fits, page_bytes, plan_pages
+from qerl_compile.rl.rollout.cache import CacheShape
+from qerl_compile.rl.rollout.memory import Workload, check_fits, plan_pages
 
 GIB = 2**30
 
 
 def test_a_page_holds_keys_and_values_of_all_layers():
     # Qwen2.5-32B in bf16: 64 layers, 8 heads of 128, 256 KiB a token
-    assert page_bytes(layers=64, kv_heads=8, page_tokens=16, head_dim=128, itemsize=2) == 16 * 256 * 1024
+    assert CacheShape(64, 8, 128, 16, torch.bfloat16).page_bytes == 16 * 256 * 1024
 
 
 @pytest.mark.parametrize(

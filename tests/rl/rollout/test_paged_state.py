@@ -11,8 +11,8 @@ from qerl_compile.errors import ModelError
 from qerl_compile.isolation import isolated
 from qerl_compile.rl.rollout import leaves
 from qerl_compile.rl.rollout import paged as engine
-from qerl_compile.rl.rollout.cache import PrefillView, attend, paged_attention
-from qerl_compile.rl.rollout.memory import Workload, page_bytes
+from qerl_compile.rl.rollout.cache import CacheShape, PrefillView, attend, paged_attention
+from qerl_compile.rl.rollout.memory import Workload
 from qerl_compile.rl.rollout.paged import PagedSampler
 from qerl_compile.rl.rollout.schedule import Schedule
 from qerl_compile.rl.rollout.types import Sampling
@@ -21,7 +21,7 @@ from tests.models import LONG, tiny_model
 from tests.rl.rollout.engines import PROMPTS, RECIPE
 
 GREEDY = Sampling(6, (), 0, 0.0)
-A_PAGE = page_bytes(layers=2, kv_heads=2, page_tokens=4, head_dim=16, itemsize=4)
+A_PAGE = CacheShape(2, 2, 16, 4, torch.float32).page_bytes
 
 
 @pytest.fixture(scope="module")
