@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from qerl_compile.errors import GraphError, ModelError
 from qerl_compile.expert_filling import PackedFilling
-from qerl_compile.formats.nvfp4 import PackedNVFP4
+from qerl_compile.formats.nvfp4 import BLOCK, PackedNVFP4
 from qerl_compile.graph import clear_owner, held_tensor, leaf_tensor, set_owner
-from qerl_compile.passes import LoRA, Noise, Quantize, Sparsify, TrainedNorms
+from qerl_compile.passes import Experts, LoRA, Noise, Quantize, Sparsify, TrainedNorms
 from qerl_compile.passes.adapt import DERIVED as OF_ROLLOUTS
-from qerl_compile.passes.experts import link_stack, refresh, unlink_stack
+from qerl_compile.passes.experts import PackedStack, link_stack, refresh, unlink_stack
 from qerl_compile.passes.quantize import INPUT_SCALES, add_ghost, derived_decode_scale, share_storage
 from qerl_compile.passes.sparsify import sparse_2_4
 from qerl_compile.plan import Plan
@@ -142,6 +142,32 @@ class Attacher:
     def _one_scale(self, group: tuple[str, ...]) -> bool:
         scales = [derived_decode_scale(self.model.get_submodule(path)) for path in group]
         return all(scale.is_meta or torch.equal(scale, scales[0]) for scale in scales)
+
+
+def attach_shapes(model: nn.Module, plan: Plan, *, seed: int = 0) -> Plan:
+    """Attach a plan to a model on the meta device: everything has its shape and dtype, and no weight is there.
+
+    Returns:
+        The plan as carried out.
+    """
+    attacher = Attacher(model, plan, seed=seed)
+    with torch.no_grad(), torch.device("meta"):  # adapters are drawn on the default device
+        for path in plan.quantize:
+            weight = held_tensor(model.get_submodule(path), "weight")
+            attacher.packed(path, PackedNVFP4(*_shapes(*weight.shape), torch.empty(1), "divisor"), weight.dtype)
+        for stack, _ in plan.experts.values():
+            module, experts, parts = model.get_submodule(stack.module), len(stack.members), len(stack.members[0])
+            shapes = _shapes(experts, stack.rows, stack.columns)
+            packed = PackedStack(*shapes, torch.empty(experts, parts), "divisor")
+            Experts.state(module, stack.leaf, packed, module.get_parameter(stack.leaf).dtype)
+        return attacher.finish()
+
+
+def _shapes(*size: int) -> tuple[Tensor, Tensor]:
+    """Return codes and block scales of a packed tensor [..., K] on the default device, unwritten."""
+    *rows, columns = size
+    codes = torch.empty(*rows, columns // 2, dtype=torch.uint8)
+    return codes, torch.empty(*rows, columns // BLOCK, dtype=torch.float8_e4m3fn)
 
 
 def link(model: nn.Module, plan: Plan) -> None:

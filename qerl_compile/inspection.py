@@ -6,11 +6,8 @@ The model is built without storage, the plan's state is attached as shapes, and 
 
 from typing import Any
 
-import torch
-
-from qerl_compile.attach import Attacher
+from qerl_compile.attach import attach_shapes
 from qerl_compile.errors import GraphError
-from qerl_compile.formats.nvfp4 import BLOCK, PackedNVFP4
 from qerl_compile.model import TransformState, become_qerl
 from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
@@ -38,29 +35,12 @@ def layer_stages(model: Any, recipe: Recipe, layer: int = 0, *, recompute: bool 
             got=str(layer),
             do="Name a layer that the model has.",
         )
-    attacher = Attacher(model, plan)
-    for path in plan.quantize:
-        weight = model.get_submodule(path).weight
-        attacher.packed(path, _shapes_of_packed(*weight.shape), weight.dtype)
-    for stack, _ in plan.experts.values():
-        dtype = model.get_parameter(stack.name).dtype
-        for path in stack.places:
-            attacher.packed(path, _shapes_of_packed(stack.part_rows, stack.columns), dtype)
     model.to("meta")
-    become_qerl(model, TransformState(recipe, attacher.finish(), inner="eager", recompute=recompute))
+    attached = attach_shapes(model, plan)
+    become_qerl(model, TransformState(recipe, attached, inner="eager", recompute=recompute))
     stages: list[tuple[str, str]] = []
     kinds = [plan.kind(path) for path in plan.regions()]
     compiler = model.qerl.compilers[list(dict.fromkeys(kinds)).index(plan.kind(plan.layers[layer]))]
     compiler.record = lambda stage, text: stages.append((stage, text))
     run_on_meta(model)
     return stages
-
-
-def _shapes_of_packed(rows: int, columns: int) -> PackedNVFP4:
-    with torch.device("meta"):
-        return PackedNVFP4(
-            torch.empty(rows, columns // 2, dtype=torch.uint8),
-            torch.empty(rows, columns // BLOCK, dtype=torch.float8_e4m3fn),
-            torch.empty(1),
-            direction="divisor",
-        )

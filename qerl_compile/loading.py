@@ -92,7 +92,7 @@ def load(
     layout = layout_of(checkpoint)
     model = meta_model(root, dtype)
     tied = check_tensors(model, checkpoint, layout)
-    adapters = None if adapter is None else _adapter_sites(adapter)
+    adapters = None if adapter is None else adapter_sites(adapter)
     norms = None if adapter is None else adapter_norms(adapter) or None
     plan = make_plan(model, recipe, packed=frozenset(layout.linears), adapters=adapters, trained_norms=norms)
     refuse_uncalled(checkpoint, layout, plan)
@@ -157,7 +157,8 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _adapter_sites(adapter: str | PathLike[str]) -> dict[str, LoraSite]:
+def adapter_sites(adapter: str | PathLike[str]) -> dict[str, LoraSite]:
+    """Return what an adapter's directory says of each linear, in place of a recipe's lora rules."""
     return {path: LoraSite(rank, alpha) for path, (rank, alpha) in adapter_ranks(adapter).items()}
 
 

@@ -21,8 +21,7 @@ With text, `scales: mse` weighs a column's error by E[x_k²]; without (transform
 Weights are rounded from the model's dtype (`dtype`), where `load` rounds from the checkpoint's.
 
 What this module does not do: mixtures of experts (refused), choose text, round within a layer in sequence, train
-scales, use several devices. A
-model in memory is changed in place: if a layer fails, it is lost."""
+scales, use several devices. A model in memory is changed in place: if a layer fails, it is lost."""
 
 import math
 from collections.abc import Callable, Iterable

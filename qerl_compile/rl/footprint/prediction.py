@@ -31,7 +31,7 @@ from qerl_compile.rl.footprint.resident import Held, LayerKind, skeleton, source
 from qerl_compile.rl.optimizer import moment_bytes
 from qerl_compile.rl.rollout.cache import CacheShape
 from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload
-from qerl_compile.rl.rollout.paged import PAGE_TOKENS
+from qerl_compile.rl.rollout.paged import PAGE_TOKENS, PREFILL_TOKENS
 from qerl_compile.rl.token_logps import CHUNK_BYTES
 from qerl_compile.rl.trainer import TRAINING_SHARE
 
@@ -44,8 +44,6 @@ LIBRARY_BYTES = 64 * 2**20
 
 CHUNKS_AT_PEAK = 3
 """A chunk of logits at its peak, in chunks (rl/token_logps.py, measured)."""
-
-PREFILL_TOKENS = 8192  # PagedSampler's default
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qerl_compile.adapter_reading import adapter_norms, adapter_ranks
-from qerl_compile.attach import Attacher
+from qerl_compile.adapter_reading import adapter_norms
+from qerl_compile.attach import attach_shapes
 from qerl_compile.errors import ModelError
-from qerl_compile.formats.nvfp4 import BLOCK, PackedNVFP4
+from qerl_compile.loading import adapter_sites
 from qerl_compile.model import TransformState, become_qerl
-from qerl_compile.passes import Experts, LoraSite
-from qerl_compile.passes.experts import PackedStack
 from qerl_compile.plan import Plan, make_plan
 from qerl_compile.recipe import Recipe
 from qerl_compile.regions import kind
@@ -152,14 +150,14 @@ def skeleton(
     """
     sites = norms = None
     if adapter is not None:
-        sites = {path: LoraSite(rank, alpha) for path, (rank, alpha) in adapter_ranks(adapter).items()}
+        sites = adapter_sites(adapter)
         norms = adapter_norms(adapter) or None
     plan = make_plan(model, recipe, packed=packed, adapters=sites, trained_norms=norms, calibrating=True)
     alike: dict[tuple[object, ...], list[str]] = {}
     for path in plan.layers:
         alike.setdefault((kind(model.get_submodule(path)), plan.kind(path)), []).append(path)
     calls = layer_calls(model, [paths[0] for paths in alike.values()])
-    plan = _attach(model, plan, recipe.train.seed)
+    plan = attach_shapes(model, plan, seed=recipe.train.seed)
     state = TransformState(recipe, plan, "eager", recompute=recipe.train.recompute)
     become_qerl(model, state)
     before = _bytes([model])
@@ -169,28 +167,6 @@ def skeleton(
     stacked = sum(_bytes([model]).values()) - sum(before.values())
     held = Held(**before, stacked=stacked, trained=trained, scratch=_largest_dense(model))
     return Skeleton(model, state, kinds, held)
-
-
-def _attach(model: Any, plan: Plan, seed: int) -> Plan:
-    attacher = Attacher(model, plan, seed=seed)
-    with torch.no_grad(), torch.device("meta"):  # adapters are drawn on the default device
-        for path in plan.quantize:
-            weight = model.get_submodule(path).weight
-            n, k = weight.shape
-            codes_NK2 = torch.empty(n, k // 2, dtype=torch.uint8)
-            block_NG = torch.empty(n, k // BLOCK, dtype=torch.float8_e4m3fn)
-            attacher.packed(path, PackedNVFP4(codes_NK2, block_NG, torch.empty(1), "divisor"), weight.dtype)
-        for stack, _ in plan.experts.values():
-            module = model.get_submodule(stack.module)
-            experts, rows, columns, parts = len(stack.members), stack.rows, stack.columns, len(stack.members[0])
-            packed = PackedStack(
-                torch.empty(experts, rows, columns // 2, dtype=torch.uint8),
-                torch.empty(experts, rows, columns // BLOCK, dtype=torch.float8_e4m3fn),
-                torch.empty(experts, parts),
-                "divisor",
-            )
-            Experts.state(module, stack.leaf, packed, module.get_parameter(stack.leaf).dtype)
-        return attacher.finish()
 
 
 def _layer_kind(model: Any, plan: Plan, paths: list[str], call: LayerCall) -> LayerKind:
