@@ -1,7 +1,7 @@
 """What benchmarks/tune.py tries: small functions, one per kernel, each yielding configurations for a cell.
 
 To try a new kernel, write a function of (n, k, m, multiprocessors) that yields choices as dispatch.py lists them, and
-put it into `FORWARD` or `DX`; kernels that cuda.py does not launch are left out by tune.py. Yield freely: equal choices
+put it into `FUNCTIONS`; kernels that cuda.py does not launch are left out by tune.py. Yield freely: equal choices
 are tried once, and whatever is 1.25 times slower than the best after two replays is dropped. What costs is compiling,
 5 s a form on one of 16 cores: `slices`, `waves` and `share` are arguments of a compiled kernel and cost nothing, every
 other key makes a new form.
@@ -83,6 +83,15 @@ def stream(n: int, k: int, m: int, multiprocessors: int) -> Iterator[Choice]:
                 yield {**common, **form}
 
 
+def adapted(n: int, k: int, m: int, multiprocessors: int) -> Iterator[Choice]:
+    """What takes x from lead_in.py; its launch triggers at the start, so the product is a dependent."""
+    for choice in (*stream(n, k, m, multiprocessors), *hopper(n, k, m, multiprocessors)):
+        if choice["dependent"] == 1 and not choice.get("NATURAL") and choice.get("tokens", 0) <= max(8, m):
+            yield choice
+            if choice.get("consumers") == 2:
+                yield {**choice, "waves": 0}
+
+
 def two_step_dx(n: int, k: int, m: int, multiprocessors: int) -> Iterator[Choice]:
     yield dispatch.TWO_STEP
 
@@ -124,8 +133,11 @@ def hopper_dx(n: int, k: int, m: int, multiprocessors: int) -> Iterator[Choice]:
             yield {"kernel": "hopper_dx", **form, "waves": waves, "share": share}
 
 
-FORWARD: tuple[Candidates, ...] = (two_step, decode, stream, hopper)
-DX: tuple[Candidates, ...] = (two_step_dx, plain_dx, hopper_dx)
+FUNCTIONS: dict[str, tuple[Candidates, ...]] = {
+    "forward": (two_step, decode, stream, hopper),
+    "adapted": (adapted,),
+    "dx": (two_step_dx, plain_dx, hopper_dx),
+}
 
 
 def name(choice: Choice) -> str:
@@ -146,6 +158,5 @@ def distinct(choices: Iterable[Choice]) -> list[Choice]:
 
 def of(direction: str, n: int, k: int, m: int, multiprocessors: int, incumbent: Choice | None = None) -> list[Choice]:
     """All candidates of a cell; the incumbent, the choice of the present table, is one of them."""
-    functions = FORWARD if direction == "forward" else DX
-    found = [choice for function in functions for choice in function(n, k, m, multiprocessors)]
+    found = [choice for function in FUNCTIONS[direction] for choice in function(n, k, m, multiprocessors)]
     return distinct([incumbent, *found] if incumbent else found)

@@ -12,7 +12,7 @@ PROCESSES = 14
 
 
 class Job(NamedTuple):
-    """One call: a direction of candidates.py ("forward", "dx"), or "humming" for its kernels of every M."""
+    """One call: a direction of candidates.py ("forward", "adapted", "dx"), or "humming" for its kernels of every M."""
 
     direction: str
     n: int
@@ -20,6 +20,7 @@ class Job(NamedTuple):
     m: int = 1
     choice: dict[str, Any] | None = None  # None: as dispatched
     rank: int = 0
+    residual: bool = False  # of "adapted"
 
 
 def precompile(jobs: list[Job]) -> list[str]:
@@ -64,6 +65,14 @@ def _call(job: Job) -> None:
         cuda.linear_dx(dy, codes, block, decode_scale, choice=job.choice)
         return
     x = torch.randn(job.m, job.k, device="cuda", dtype=torch.bfloat16)
+    if job.direction == "adapted":
+        a, b, residual = (
+            torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+            for shape in ((job.rank, job.k), (job.n, job.rank), (job.m, job.n))
+        )
+        added = residual if job.residual else None
+        cuda.adapted_linear(x, codes, block, decode_scale, a, b, added, choice=job.choice)
+        return
     lora = (torch.randn(rows, job.rank, device="cuda", dtype=torch.bfloat16) for rows in (job.m, job.n))
     h, lora_B = lora if job.rank else (None, None)
     cuda.linear(x, codes, block, decode_scale, h, lora_B, choice=job.choice)

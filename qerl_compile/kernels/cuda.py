@@ -84,6 +84,8 @@ def adapted_linear(
     lora_A_RK: Tensor,
     lora_B_NR: Tensor,
     residual_MN: Tensor | None = None,
+    *,
+    choice: dict[str, Any] | None = None,
 ) -> Tensor:
     """y = (x · Pᵀ) · decode_scale + (x · Aᵀ) · Bᵀ [+ residual]; with few tokens in two launches (lead_in.py).
 
@@ -95,6 +97,7 @@ def adapted_linear(
         lora_A_RK: bfloat16 [R, K], alpha / rank included; like codes not written by the kernel directly before.
         lora_B_NR: bfloat16 [N, R].
         residual_MN: bfloat16 [M, N], added to the rounded y.
+        choice: overrides dispatch.py; for tuning and tests.
 
     Returns:
         bfloat16 [M, N].
@@ -104,11 +107,11 @@ def adapted_linear(
     x_MK = aligned_rows(x_MK)
     (n, k2), m = codes_NK2.shape, x_MK.shape[0]
     capability, multiprocessors = capability_and_multiprocessors(x_MK.device.index)
-    choice = dispatch.choose("forward", n, k2 * 2, m, capability, multiprocessors)
+    if choice is None:
+        choice = dispatch.choose("adapted", n, k2 * 2, m, capability, multiprocessors)
     y_MN = None
     if _one_lead_in(x_MK, lora_A_RK, lora_B_NR, choice):
-        in_kernel = choice["kernel"] == "stream" and residual_MN is not None and residual_MN.stride(1) == 1
-        within = residual_MN if in_kernel else None
+        within = residual_MN if residual_MN is not None and residual_MN.stride(1) == 1 else None
         y_MN = _gluon_linear(
             x_MK, codes_NK2, block_NG, decode_scale, None, lora_B_NR, lora_A_RK, choice, multiprocessors, within
         )
@@ -160,7 +163,9 @@ def _gluon_linear(
         )  # fmt: skip
     in_kernel = nvfp4_hopper.room_for_lora(choice)
     h, lora = (h_MR, lora_B_NR) if in_kernel else (None, None)
-    y_MN = nvfp4_hopper.linear(x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors, h, lora, lora_A_RK)
+    y_MN = nvfp4_hopper.linear(
+        x_MK, codes_NK2, block_NG, decode_scale, choice, multiprocessors, h, lora, lora_A_RK, residual_MN
+    )
     return y_MN if in_kernel else _add_lora(y_MN, h_MR, lora_B_NR)
 
 

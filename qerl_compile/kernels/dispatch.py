@@ -4,8 +4,10 @@ benchmarks/tune.py measures every candidate on a device and writes `tables/sm_XY
 Nothing is ever timed or tuned inside a training step, so the choice (and with it the order of every sum) is the same
 on every run and every rank.
 
-A table maps a direction ("forward" or "dx"), a weight "NxK" and a bucket of tokens to a choice. A bucket is named by
-its largest number of tokens: 5 tokens use bucket "8". Choices are
+A table maps a direction ("forward", "adapted" or "dx"), a weight "NxK" and a bucket of tokens to a choice. A bucket is
+named by its largest number of tokens: 5 tokens use bucket "8". "adapted" is forward with an adapter's first product in
+the launch before (lead_in.py), between kernels that wait for each other as in a decode step; where the table does not
+have it, forward's choice holds. Choices are
 
     {"kernel": "stream",   R, W, T, SLICES, NATURAL, ...}                        nvfp4_stream.py
     {"kernel": "decode",   BM, BN, BK, SWAP, slices, num_warps, num_stages}      nvfp4_decode.py
@@ -57,7 +59,7 @@ def choose(direction: str, n: int, k: int, m: int, capability: tuple[int, int], 
     """The kernel and its configuration.
 
     Args:
-        direction: "forward" (x -> y) or "dx" (dy -> dx).
+        direction: "forward" (x -> y), "adapted" (likewise, with an adapter) or "dx" (dy -> dx).
         n: output features of the weight.
         k: input features.
         m: tokens, at least 1.
@@ -68,10 +70,10 @@ def choose(direction: str, n: int, k: int, m: int, capability: tuple[int, int], 
         One of the choices listed at the top.
     """
     bucket = next((b for b in BUCKETS if m <= b), None)
-    entry = _table(capability).get(direction, {}).get(f"{n}x{k}", {})
-    if bucket is None or not entry:
-        return _rule(direction, n, k, m, capability, multiprocessors)
-    return entry.get(str(bucket)) or _rule(direction, n, k, m, capability, multiprocessors)
+    found = _table(capability).get(direction, {}).get(f"{n}x{k}", {}).get(str(bucket))
+    if found is None and direction == "adapted":
+        return choose("forward", n, k, m, capability, multiprocessors)
+    return found or _rule(direction, n, k, m, capability, multiprocessors)
 
 
 def _rule(direction: str, n: int, k: int, m: int, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any]:

@@ -12,26 +12,30 @@ and v into the page, a position that no program reads. All others start empty.
 
 Splits. Lengths live on the device (they change between replays of a CUDA graph), so the number of stretches is chosen
 from shapes alone (`splits`) and a stretch is ceil(tiles of this row / splits) tiles: programs without one end at once.
-With more than one, partial (acc, m, l) go to scratch and `_combine` adds them in order. No atomics: runs are equal to
-the last bit, and a row does not depend on its neighbours (but on `splits`, thus on the shape of the batch).
+With more than one, partial (acc, m, l) go to scratch, and the program that draws the last ticket of its row and kv head
+adds them in order of position. Which one that is varies, the sum does not: runs are equal to the last bit, and a row
+does not depend on its neighbours (but on `splits`, thus on the shape of the batch). Tickets are left at zero.
 
 What comes before attention. With a bias, and with cos and sin, the call brings q, k and v as the projections left them.
 Every program adds the bias to its q and rotates it, the one that stores k and v does it to those too, in float32 and
 rounded once (`_finished`). A rotation is a second read of the same cache lines with halves swapped.
 
-DEPENDENT (programmatic dependent launch of both kernels; lead_in.py says what holds for all that are). Both wait before
-they touch memory, and before any return, so that a kernel that has ended has waited. `_decode` lets the next kernel
-start when its loop is done and not before: a waiting CTA would take room from one that still loads keys (an H100,
-trigger at the start: 0.7 µs less at one row, 1.5 more at eight ragged ones of 7B).
+DEPENDENT (programmatic dependent launch; lead_in.py says what holds for all that are). A program waits before it
+touches memory, and before any return, so that a kernel that has ended has waited. It lets the next kernel start when
+its loop is done and not before: a waiting CTA would take room from one that still loads keys (an H100, trigger at the
+start: 0.7 µs less at one row, 1.5 more at eight ragged ones of 7B). Asking for keys of earlier steps while it waits
+(prefetch into L2) gained nothing on an H200: 32B, 8 rows -0.1 %, 16 rows +0.4 % of a step.
 
 Pages. Where a page is a whole number of tiles, a tile has one page number, read one tile ahead. Else every position
 looks its page up, which is slower and right for any page size.
 
-Legend: J kv heads, G query heads of each, GP = G padded, D head dimension, DP = D padded to a power of two.
+Legend: J kv heads, G query heads of each, D head dimension; GP = G padded for `mma`, GS = G and DP = D padded to a
+power of two.
 """
 
 # ruff: noqa: ANN001, ANN202
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import math
 from typing import Any
@@ -42,6 +46,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qerl_compile.kernels.nvfp4_arithmetic import ASM
+from qerl_compile.kernels.nvfp4_workspace import flags
 from qerl_compile.kernels.prepared_launch import prepare
 
 TILE_BYTES = 1 << 15  # of K and V in one tile: 64 positions of 128 bf16
@@ -65,17 +71,45 @@ def _finished(x_at, bias_at, cos, sin, d, inside, D: tl.constexpr, BIAS: tl.cons
     return y.to(x.dtype)
 
 
+@triton.jit
+def _add_stretches(
+    part_ptr, y_ptr, pair, programs, used, rows,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    """y of one kv head of one row, from its `used` partial results in order of position. Eight loads at a time."""
+    AT_ONCE: tl.constexpr = min(SP, 8)
+    g, d, s = tl.arange(0, GS), tl.arange(0, DP), tl.arange(0, SP)
+    ml_at, first = part_ptr + rows * D, pair * programs
+    row_SG = (first + s[:, None]) * G + g[None, :]
+    in_SG = (s < used)[:, None] & (g < G)[None, :]
+    m_SG = tl.load(ml_at + row_SG * 2, mask=in_SG, other=float("-inf"), cache_modifier=".cg")
+    l_SG = tl.load(ml_at + row_SG * 2 + 1, mask=in_SG, other=0.0, cache_modifier=".cg")
+    m_G = tl.max(m_SG, 0)
+    l_G = tl.sum(l_SG * tl.exp2(m_SG - m_G[None, :]), 0)
+    y_GD = tl.zeros((GS, DP), tl.float32)
+    for start in range(0, used, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            stretch_G = tl.zeros_like(g) + (start + i)
+            row_G, in_G = (first + stretch_G) * G + g, (stretch_G < used) & (g < G)
+            weight_G = tl.exp2(tl.load(ml_at + row_G * 2, mask=in_G, other=float("-inf"), cache_modifier=".cg") - m_G)
+            at_GD, in_GD = part_ptr + row_G[:, None] * D + d[None, :], in_G[:, None] & (d < D)[None, :]
+            y_GD += weight_G[:, None] * tl.load(at_GD, mask=in_GD, other=0.0, cache_modifier=".cg")
+    y_at = y_ptr + (pair * G + g[:, None]) * D + d[None, :]
+    y = (y_GD / l_G[:, None]).to(y_ptr.dtype.element_ty)
+    tl.store(y_at, y, mask=(g < G)[:, None] & (d < D)[None, :])
+
+
 @triton.jit(do_not_specialize=["stride_table"])
 def _decode(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, bias_ptr,
-    pages_k_ptr, pages_v_ptr, table_ptr, length_ptr, y_ptr, part_ptr,
+    pages_k_ptr, pages_v_ptr, table_ptr, length_ptr, y_ptr, part_ptr, ticket_ptr,
     stride_qb, stride_qh, stride_kb, stride_kj, stride_vb, stride_vj, stride_cos, stride_sin,
     stride_page_k, stride_page_v, stride_table,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, ROTARY: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    ROTARY: tl.constexpr, DEPENDENT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One stretch of one kv head of one row; SCALE = scaling log2(e)."""
+    """One stretch of one kv head of one row; SCALE = scaling log2(e); SP = stretches, padded."""
     if DEPENDENT:
         gdc_wait()  # before any return: a kernel that ends has waited
     b, j, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -86,13 +120,13 @@ def _decode(
     y_at = y_ptr + (b * heads_kv + j) * (G * D) + g[:, None] * D + d[None, :]
     y_in = head_in[:, None] & d_in[None, :]
     if last < 0:
-        if not SPLIT:
+        if split == 0:
             tl.store(y_at, tl.zeros((GP, DP), y_ptr.dtype.element_ty), mask=y_in)
         return
     first = tl.maximum(last + 1 - WINDOW, 0) if WINDOW else 0
     # positions before the new one, in tiles that start at multiples of TILE
     tile_0, tile_n = first // TILE, tl.cdiv(last, TILE)
-    per = tl.cdiv(tile_n - tile_0, programs)
+    per = tl.maximum(tl.cdiv(tile_n - tile_0, programs), 1)
     begin = tile_0 + split * per
     end = tl.minimum(begin + per, tile_n)
     if split > 0 and begin >= end:
@@ -152,47 +186,21 @@ def _decode(
         m = m_next
     if DEPENDENT:
         gdc_launch_dependents()  # all keys and values are here: what is launched now takes room from nobody
-    if SPLIT:
-        rows = tl.num_programs(0) * heads_kv * programs * G
-        row = ((b * heads_kv + j) * programs + split) * G + g
-        tl.store(part_ptr + row[:, None] * D + d[None, :], acc, mask=y_in)
-        tl.store(part_ptr + rows.to(tl.int64) * D + row * 2, m, mask=head_in)
-        tl.store(part_ptr + rows.to(tl.int64) * D + row * 2 + 1, l, mask=head_in)
-    else:
+    if SP == 1:
         tl.store(y_at, (acc / l[:, None]).to(y_ptr.dtype.element_ty), mask=y_in)
-
-
-@triton.jit(do_not_specialize=["programs"])
-def _combine(
-    part_ptr, length_ptr, y_ptr, programs,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """One head of one row: its partial results, added in order of position; SP = programs padded."""
-    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    heads = tl.num_programs(1)
-    d, split = tl.arange(0, DP), tl.arange(0, SP)
-    y_at = y_ptr + (b * heads + h) * D + d
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-    last = tl.load(length_ptr + b) - 1
-    if last < 0:
-        tl.store(y_at, tl.zeros((DP,), y_ptr.dtype.element_ty), mask=d < D)
-        return
-    # which programs had a stretch: as in `_decode`
-    first = tl.maximum(last + 1 - WINDOW, 0) if WINDOW else 0
-    tiles = tl.cdiv(last, TILE) - first // TILE
-    per = tl.maximum(tl.cdiv(tiles, programs), 1)
-    used = (split == 0) | (split * per < tiles)
-    rows = tl.num_programs(0).to(tl.int64) * heads * programs
-    row = ((b * (heads // G) + h // G) * programs + split) * G + h % G
-    m = tl.load(part_ptr + rows * D + row * 2, mask=used, other=float("-inf"))
-    l = tl.load(part_ptr + rows * D + row * 2 + 1, mask=used, other=0.0)  # noqa: E741
-    acc = tl.load(part_ptr + row[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
-    weight = tl.exp2(m - tl.max(m, 0))
-    y = tl.sum(acc * weight[:, None], 0) / tl.sum(l * weight, 0)
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=d < D)
+    else:
+        pair = b * heads_kv + j
+        rows = tl.num_programs(0).to(tl.int64) * heads_kv * programs * G
+        row = (pair * programs + split) * G + g
+        tl.store(part_ptr + row[:, None] * D + d[None, :], acc, mask=y_in)
+        tl.store(part_ptr + rows * D + row * 2, m, mask=head_in)
+        tl.store(part_ptr + rows * D + row * 2 + 1, l, mask=head_in)
+        if ASM:
+            tl.debug_barrier()
+        used = tl.maximum(tl.cdiv(tile_n - tile_0, per), 1)  # programs with a stretch; the first without one too
+        if tl.atomic_add(ticket_ptr + pair, 1, sem="acq_rel") == used - 1:
+            tl.store(ticket_ptr + pair, 0)
+            _add_stretches(part_ptr, y_ptr, pair, programs, used, rows, G, GS, D, DP, SP)
 
 
 @triton.jit(do_not_specialize=["stride_table", "stride_kb", "stride_vb"])
@@ -241,7 +249,8 @@ def config(d: int, page: int, itemsize: int) -> dict[str, Any]:
     tile = max(16, min(most, 128))
     if page >= 32 and page % min(tile, page) == 0:
         tile = min(tile, page)
-    return {"TILE": tile, "num_warps": 4, "num_stages": 3, "dependent": False}
+    # float32 is multiplied without matrix instructions, which on four warps takes more registers than there are
+    return {"TILE": tile, "num_warps": 8 if itemsize == 4 else 4, "num_stages": 3, "dependent": False}
 
 
 def decode(
@@ -261,7 +270,7 @@ def decode(
     multiprocessors: int,
     choice: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Launch the kernel, and the second one where rows are split.
+    """Launch the kernel.
 
     Args:
         q_BHD: float16, bfloat16 or float32 [B, H, D], D contiguous, B >= 1.
@@ -298,26 +307,22 @@ def decode(
     bias = q_BHD if bias_XD is None else bias_XD
     options = {"launch_pdl": True} if dependent else {}
     launch = prepare(
-        _decode, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, DP=padded, PAGE=page, TILE=tile,
-        SPLIT=count > 1, WINDOW=window, SCALE=scaling * math.log2(math.e), BIAS=bias_XD is not None, ROTARY=rotary,
-        DEPENDENT=dependent, num_warps=chosen["num_warps"], num_stages=chosen["num_stages"], **options,
+        _decode, G=group, GP=max(16, triton.next_power_of_2(group)), GS=triton.next_power_of_2(group), D=d, DP=padded,
+        PAGE=page, TILE=tile, SP=triton.next_power_of_2(count), WINDOW=window, SCALE=scaling * math.log2(math.e),
+        BIAS=bias_XD is not None, ROTARY=rotary, DEPENDENT=dependent, ASM=ASM, num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"], **options,
     )  # fmt: skip
     strides = (
         q_BHD.stride(0), q_BHD.stride(1), k_BJD.stride(0), k_BJD.stride(1), v_BJD.stride(0), v_BJD.stride(1),
         _row_stride(cos), _row_stride(sin), pages_k.stride(0), pages_v.stride(0), table_BP.stride(0),
     )  # fmt: skip
     arguments = (q_BHD, k_BJD, v_BJD, cos, sin, bias, pages_k, pages_v, table_BP, length_B, y_BHD)
-    if count == 1:
-        launch((rows, heads_kv, 1), *arguments, y_BHD, *strides)
-        return y_BHD
-    combine = prepare(
-        _combine, G=group, D=d, DP=padded, SP=triton.next_power_of_2(count), TILE=tile, WINDOW=window,
-        DEPENDENT=dependent, num_warps=4, **options,
-    )  # fmt: skip
-    # The allocator's own and not nvfp4_workspace's: a call of two kernels would need its lock, which costs as much.
-    part = torch.empty(rows * heads * count * (d + 2), dtype=torch.float32, device=q_BHD.device)
-    launch((rows, heads_kv, count), *arguments, part, *strides)
-    combine((rows, heads, 1), part, length_B, y_BHD, count)
+    part, tickets = y_BHD, length_B
+    if count > 1:
+        # The allocator's own and not nvfp4_workspace's: that would need its lock, which costs as much.
+        part = torch.empty(rows * heads * count * (d + 2), dtype=torch.float32, device=q_BHD.device)
+        tickets = flags(q_BHD.device, rows * heads_kv)
+    launch((rows, heads_kv, count), *arguments, part, tickets, *strides)
     return y_BHD
 
 

@@ -11,10 +11,23 @@ division of programs, scratch that does not overlap, and when to wait.
   same piece of scratch: `offset`.
 
 Programmatic dependent launch (nvfp4_hopper.py says what it is). Two switches, as the GEMM's config has them:
-    triggers   the GEMM may start at once; it waits for the end of this kernel before it reads x, h or counters
+    triggers   the GEMM may start at once, and wait for what it needs of this kernel
     waits      this kernel may itself start before the one before it has ended. It reads A before it waits (where it
                does so in one step) and all else after. It writes only after: x in order, h, partial sums, tickets and
                counters are stored by programs that have waited.
+
+**The GEMM begins when x is in order, not when h is there.** It needs h only at its end, but its own wait is for the end
+of this kernel, and h takes two to three times as long as x (4 to 10 µs a linear on an H200 at 32B). So programs that
+reorder count themselves when they are done (`arrivals` in nvfp4_workspace.py), the GEMM goes on when it has seen all of
+them, and executes its wait before it reads h. That is worth 0.8 % of a step of 8 or 16 rows and nothing at 2: where
+tiles of h are, a second CTA of the GEMM has no room until they end. Why it is safe:
+- Nobody waits for something that cannot start. A GEMM's CTA starts after every program of this kernel has.
+- Nothing is seen too early. A program stores x and clears counters, meets at a barrier, and counts itself with release;
+  the GEMM reads the word with acquire (and a proxy fence where the copy engine reads x).
+- The word is zero before. Calls use two words in turn; program 0 clears the other one before it counts itself, and a
+  GEMM triggers what follows only after it has seen the count. So nothing of a later call runs before its word is zero.
+- A replayed graph has no host that could start from zero: its first call does not go by the word (`early`).
+
 Every program waits, so this kernel does not end before the one before it has, nor that one's stores are visible; and so
 on back to the last ordinary launch. What is read before waiting must therefore not have been written by that ordinary
 launch or after it. A is not: refresh_stacked_adapters.py writes it between rollouts, and every forward begins with
@@ -39,16 +52,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qerl_compile.kernels import lora_down, nvfp4_fragments, nvfp4_permute
 from qerl_compile.kernels.nvfp4_arithmetic import ASM
-from qerl_compile.kernels.nvfp4_workspace import flags
+from qerl_compile.kernels.nvfp4_workspace import Arrivals, flags
 from qerl_compile.kernels.prepared_launch import prepare
 
 MOST_TOKENS = 16
 
 
-@triton.jit(do_not_specialize=["M", "counter_at", "counters", "pieces"])
+@triton.jit(do_not_specialize=["M", "counter_at", "counters", "pieces", "arrival_at"])
 def kernel(
-    x_ptr, a_ptr, h_ptr, part_ptr, flag_ptr, out_ptr, counter_ptr,
-    M, R, K, stride_x, stride_a, counter_at, counters, pieces,
+    x_ptr, a_ptr, h_ptr, part_ptr, flag_ptr, out_ptr, counter_ptr, arrival_ptr,
+    M, R, K, stride_x, stride_a, counter_at, counters, pieces, arrival_at,
     BM: tl.constexpr, BR: tl.constexpr, KS: tl.constexpr, STEPS: tl.constexpr, SLICES: tl.constexpr,
     GROUPS: tl.constexpr, EVEN_K: tl.constexpr, FRAGMENTS: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
     CLEAR: tl.constexpr, WAITS: tl.constexpr, TRIGGERS: tl.constexpr, ASM: tl.constexpr,
@@ -70,6 +83,11 @@ def kernel(
                 x_ptr, out_ptr, counter_ptr, K, stride_x, counter_at, counters, program % M, program // M,
                 program, pieces, TOKENS, LANES, CLEAR,
             )  # fmt: skip
+        if program == 0:
+            tl.store(arrival_ptr + (1 - arrival_at), 0)
+        if ASM:
+            tl.debug_barrier()
+        tl.atomic_add(arrival_ptr + arrival_at, 1, sem="release")
         return
     tile = program - pieces
     lora_down.tile_of_h(
@@ -87,6 +105,7 @@ class Order(NamedTuple):
         out: where to write it.
         counter_at: index of the GEMM's counters in its scratch.
         counters: how many to set to zero.
+        arrivals: where programs that reorder count themselves.
     """
 
     fragments: bool
@@ -94,6 +113,23 @@ class Order(NamedTuple):
     out: Tensor
     counter_at: int
     counters: int
+    arrivals: Arrivals
+
+
+class LeadIn(NamedTuple):
+    """What the GEMM gets.
+
+    Attributes:
+        h_MR: bfloat16 [M, R], contiguous.
+        arrivals: int32, where programs that reorder count themselves: in element `at`.
+        at: 0 or 1.
+        arriving: how many of them; 0 where the GEMM must wait for the end of this kernel.
+    """
+
+    h_MR: Tensor
+    arrivals: Tensor
+    at: int
+    arriving: int
 
 
 def supports(x_MK: Tensor, a_RK: Tensor) -> bool:
@@ -123,7 +159,7 @@ def behind(used: int) -> int:
 
 def launch(
     x_MK: Tensor, a_RK: Tensor, order: Order, scratch: Tensor | None, offset: int, *, waits: bool, triggers: bool
-) -> Tensor:
+) -> LeadIn:
     """Launch the kernel.
 
     Args:
@@ -136,7 +172,7 @@ def launch(
         triggers: let the GEMM start at once, if that is one.
 
     Returns:
-        h, bfloat16 [M, R], contiguous.
+        h, and when x is in order.
     """
     m, k = x_MK.shape
     r = a_RK.shape[0]
@@ -150,6 +186,7 @@ def launch(
     width = lanes(order.fragments, warps)
     fragments = nvfp4_fragments.programs_for(order.tokens, k, width)
     pieces = fragments if order.fragments else m * -(-k // (8 * width))
+    words, at, early = order.arrivals
     options: dict[str, Any] = {"launch_pdl": True} if waits else {}
     prepare(
         kernel, BM=form["BM"], BR=br, KS=form["KS"], STEPS=form["STEPS"], SLICES=slices, GROUPS=form["GROUPS"],
@@ -157,6 +194,6 @@ def launch(
         WAITS=waits, TRIGGERS=triggers, ASM=ASM, num_warps=warps, num_stages=form["num_stages"], **options,
     )(
         (pieces + r // br * slices,), x_MK, a_RK, h_MR, part, flag, order.out, scratch if order.counters else None,
-        m, r, k, x_MK.stride(0), a_RK.stride(0), order.counter_at, order.counters, pieces,
+        words, m, r, k, x_MK.stride(0), a_RK.stride(0), order.counter_at, order.counters, pieces, at,
     )  # fmt: skip
-    return h_MR
+    return LeadIn(h_MR, words, at, pieces if early and triggers else 0)

@@ -16,7 +16,7 @@ A config names the tile and the pipeline:
 
 Programmatic dependent launch. A kernel so launched may start when every CTA of the one before has exited or executed
 `launch_dependents`; that one's writes it may read only after `griddepcontrol.wait`, which waits for its end.
-    1: the permutation triggers and waits at its start, the main kernel triggers at its start and waits before x. Then
+    1: the permutation triggers and waits at its start, the main kernel waits before x and then triggers. Then
        the next call's two kernels may sit on the device while this one still computes: good with few tokens (-0.5 to
        -1.5 µs), bad with large tiles (+3 to +5), where they take room from CTAs that work.
     2: the permutation is an ordinary launch that triggers at its start; the main kernel does not trigger. So only the
@@ -31,7 +31,8 @@ decode_scale, h, B, and every write) after x has arrived in shared memory, hence
        as well, for the permutation itself ended after waiting. Before it, nothing that the kernel directly before the
        permutation wrote: a weight written by that very kernel must not come with them. (Weights are constants here.
        After `quantize` comes the reciprocal that makes decode_scale, and that is an ordinary launch.)
-Where an adapter comes with few tokens, lead_in.py is in the place of the permutation: what is said of that holds.
+Where an adapter comes with few tokens, lead_in.py is in the place of the permutation: what is said of that holds, but
+for one thing. The main kernel then goes on when x is in order and waits for the end of lead_in.py's before h.
 Buffers are not overwritten too early either: in both, the permutation writes only when the previous call's main kernel
 has ended, in 1 and 3 because it waits first.
 """
@@ -45,7 +46,7 @@ from qerl_compile.kernels import lead_in, nvfp4_wgmma
 from qerl_compile.kernels.nvfp4_permute import permute, permuted_rows
 from qerl_compile.kernels.nvfp4_persistent import side_by_side, whole_and_shared
 from qerl_compile.kernels.nvfp4_wgmma_layouts import CODES_SMEM, TILE_K, X_SMEM
-from qerl_compile.kernels.nvfp4_workspace import partial_sums, permuted, turn
+from qerl_compile.kernels.nvfp4_workspace import arrivals, partial_sums, permuted, turn
 from qerl_compile.kernels.prepared_launch import Box, BoxKind, prepare
 
 __all__ = ["linear", "room_for_lora"]
@@ -82,7 +83,9 @@ def _box(rows: int, columns: int, layout: object) -> BoxKind:
 
 
 @lru_cache(maxsize=4096)
-def _plan(m: int, n: int, k: int, rank: int, multiprocessors: int, items: tuple[tuple[str, Any], ...]) -> _Plan:
+def _plan(
+    m: int, n: int, k: int, rank: int, residual: bool, multiprocessors: int, items: tuple[tuple[str, Any], ...]
+) -> _Plan:
     config = dict(items)
     tokens, rows, consumers = config["tokens"], config["rows"], config["consumers"]
     group = min(4, 256 // tokens)
@@ -101,7 +104,7 @@ def _plan(m: int, n: int, k: int, rank: int, multiprocessors: int, items: tuple[
     launch = prepare(
         nvfp4_wgmma.kernel, TOKENS=tokens, ROWS=rows, CONSUMERS=consumers, SLOTS_W=config["slots_w"],
         SLOTS_X=config["slots_x"], GROUP=group, CONSUMER_REGISTERS=config["registers"],
-        DEPENDENT=config["dependent"], RANK=rank, **options,
+        DEPENDENT=config["dependent"], RANK=rank, RESIDUAL=residual, **options,
     )  # fmt: skip
     return _Plan(
         launch=launch,
@@ -125,8 +128,9 @@ def linear(
     h_MR: Tensor | None = None,
     lora_B_NR: Tensor | None = None,
     lora_A_RK: Tensor | None = None,
+    residual_MN: Tensor | None = None,
 ) -> Tensor:
-    """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ].
+    """y = (x · Pᵀ) · decode_scale [+ h · Bᵀ] [+ residual].
 
     Args:
         x_MK: bfloat16 [M, K], rows contiguous and 4-byte aligned.
@@ -139,6 +143,7 @@ def linear(
         lora_B_NR: bfloat16 [N, R], rows contiguous.
         lora_A_RK: bfloat16 [R, K], in place of h, which lead_in.py then makes while it reorders x; its `supports` must
             say yes.
+        residual_MN: bfloat16 [M, N], rows contiguous: added to y after y is rounded, and rounded again.
 
     Returns:
         bfloat16 [M, N].
@@ -146,10 +151,11 @@ def linear(
     m, k = x_MK.shape
     n = codes_NK2.shape[0]
     rank = 0 if lora_B_NR is None else lora_B_NR.shape[1]
-    plan = _plan(m, n, k, rank, multiprocessors, tuple(config.items()))
+    plan = _plan(m, n, k, rank, residual_MN is not None, multiprocessors, tuple(config.items()))
     device = x_MK.device
     y_MN = x_MK.new_empty(m, n)
     tokens, dependent, used = config["tokens"], config["dependent"], plan.partial + plan.counters
+    arrival: list[Any] = [None, 0, 0]
     with turn(device):
         x = permuted(device, plan.rows_x)
         if lora_A_RK is None:
@@ -158,12 +164,14 @@ def linear(
         else:
             offset = lead_in.behind(used)
             part = partial_sums(device, offset + lead_in.sums(m, rank, k))
-            order = lead_in.Order(False, tokens, x, plan.partial, plan.counters)
+            order = lead_in.Order(False, tokens, x, plan.partial, plan.counters, arrivals(device))
             waits, triggers = dependent in (1, 3), dependent > 0
-            h_MR = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=waits, triggers=triggers)
+            lead = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=waits, triggers=triggers)
+            h_MR, *arrival = lead
         strides = (1, 1) if h_MR is None or lora_B_NR is None else (h_MR.stride(0), lora_B_NR.stride(0))
+        stride_residual = 1 if residual_MN is None else residual_MN.stride(0)
         plan.launch(
             plan.grid, Box(x, plan.x), Box(codes_NK2, plan.w), block_NG, decode_scale, y_MN, part, h_MR, lora_B_NR,
-            *plan.integers, *strides,
+            residual_MN, *arrival, *plan.integers, *strides, stride_residual,
         )  # fmt: skip
     return y_MN

@@ -32,6 +32,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qerl_compile.kernels.gluon_compat import barrier, gdc_launch_dependents, gdc_wait, mma_v2
+from qerl_compile.kernels.nvfp4_arrival import await_x
 from qerl_compile.kernels.nvfp4_pairs import decode_pairs, scale_pair
 
 TILE_K = 256
@@ -220,10 +221,11 @@ def _lora(h_ptr, lora_ptr, row0, N, M, stride_h, stride_lora, W: gl.constexpr, R
     return mma_v2(lora, h, gl.zeros([W, R, T], gl.float32, layout=mma(W)))
 
 
-@gluon.jit(do_not_specialize=["M", "k_tiles"])
+@gluon.jit(do_not_specialize=["M", "k_tiles", "arrival_at", "arriving"])
 def kernel(
     x_ptr, codes_ptr, block_ptr, decode_ptr, y_ptr, part_ptr, h_ptr, lora_ptr, residual_ptr,
-    M, N, k_tiles, codes_stride, block_stride, stride_x, stride_y, stride_h, stride_lora, stride_residual,
+    arrival_ptr, arrival_at, arriving, M, N, k_tiles,
+    codes_stride, block_stride, stride_x, stride_y, stride_h, stride_lora, stride_residual,
     W: gl.constexpr, R: gl.constexpr, T: gl.constexpr, SLICES: gl.constexpr, RANK: gl.constexpr,
     NATURAL: gl.constexpr, RESIDUAL: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
@@ -261,9 +263,9 @@ def kernel(
 
     codes0, words0 = _fetch(codes_at, words_at, codes_tile, words_tile, end, W, 0)
     codes1, words1 = _fetch(codes_at, words_at, codes_tile, words_tile, end, W, 1)
-    if DEPENDENT:
+    if DEPENDENT:  # weights do not depend on the kernel before this one
+        await_x(arrival_ptr, arrival_at, arriving)
         gdc_launch_dependents()
-        gdc_wait()  # weights do not depend on the kernel before this one; x, h and decode_scale do
     acc = gl.zeros([W, R, T], gl.float32, layout=mma(W))
     for i in range(0, steps, 2):
         codes_at += 2 * W * 32
@@ -276,6 +278,8 @@ def kernel(
         codes1, words1 = _fetch(codes_at, words_at, codes_tile, words_tile, end, W, 1)
         x_tile += 2 * W
 
+    if DEPENDENT:
+        gdc_wait()  # h, where x was not waited for in this way
     out = gl.sum(acc, axis=0)
     OUT: gl.constexpr = out.type.layout
     last = True

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qerl_compile.kernels import lead_in, nvfp4_stream
 from qerl_compile.kernels.nvfp4_fragments import fragments, room
-from qerl_compile.kernels.nvfp4_workspace import partial_sums, turn
+from qerl_compile.kernels.nvfp4_workspace import arrivals, partial_sums, turn
 from qerl_compile.kernels.prepared_launch import prepare
 
 __all__ = ["linear", "reads_in_order", "supports"]
@@ -87,13 +87,15 @@ def linear(
     if slices == 1:
         sums = tickets = 0
     x = x_MK
+    arrival: list[Any] = [None, 0, 0]
     with turn(x_MK.device):
         if lora_A_RK is not None:
             offset = lead_in.behind(sums + tickets)
             part = partial_sums(x_MK.device, offset + lead_in.sums(m, rank, k))
             x = x_MK.new_empty(*room(tokens, k))
-            order = lead_in.Order(True, tokens, x, sums, tickets)
-            h_MR = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=dependent, triggers=dependent)
+            order = lead_in.Order(True, tokens, x, sums, tickets, arrivals(x_MK.device))
+            lead = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=dependent, triggers=dependent)
+            h_MR, *arrival = lead
         elif slices > 1:
             part = partial_sums(x_MK.device, sums + tickets)
             x = fragments(x_MK, tokens, dependent=dependent, clear=(part, sums, tickets))
@@ -101,7 +103,7 @@ def linear(
             x = fragments(x_MK, tokens, dependent=dependent)
         launch(
             (tiles, slices), x, codes_NK2, block_NG, decode_scale, y_MN, part if slices > 1 else None, h_MR, lora_B_NR,
-            residual_MN, m, n, k_tiles, codes_NK2.stride(0), block_NG.stride(0), x_MK.stride(0), n,
+            residual_MN, *arrival, m, n, k_tiles, codes_NK2.stride(0), block_NG.stride(0), x_MK.stride(0), n,
             0 if h_MR is None else h_MR.stride(0), 0 if lora_B_NR is None else lora_B_NR.stride(0),
             0 if residual_MN is None else residual_MN.stride(0),
         )  # fmt: skip

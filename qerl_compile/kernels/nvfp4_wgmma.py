@@ -45,6 +45,7 @@ from qerl_compile.kernels.gluon_compat import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from qerl_compile.kernels.nvfp4_arrival import await_x, fence_for_copy_engine
 from qerl_compile.kernels.nvfp4_pairs import decode_pairs, scale_pair
 from qerl_compile.kernels.nvfp4_persistent import next_slot, place
 from qerl_compile.kernels.nvfp4_wgmma_layouts import (
@@ -174,8 +175,9 @@ def _scale_words(block_ptr, at0, at1, ROWS: gl.constexpr):
 
 @gluon.jit
 def _write(
-    out, row0, token0, decode, y_ptr, h_ptr, lora_ptr, M, N, stride_y, stride_h, stride_lora,
-    TOKENS: gl.constexpr, RANK: gl.constexpr,
+    out, row0, token0, decode, y_ptr, h_ptr, lora_ptr, residual_ptr,
+    M, N, stride_y, stride_h, stride_lora, stride_residual,
+    TOKENS: gl.constexpr, RANK: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """64 rows of sums -> y."""
     out = out * decode
@@ -187,15 +189,19 @@ def _write(
     rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, Y))
     tokens = token0 + gl.arange(0, TOKENS, gl.SliceLayout(0, Y))
     inside = (rows < N)[:, None] & (tokens < M)[None, :]
+    if RESIDUAL:  # y is rounded first, as where the sum is a kernel of its own
+        at = residual_ptr + tokens[None, :] * stride_residual + rows[:, None]
+        y = (y.to(gl.float32) + gl.load(at, mask=inside, other=0.0).to(gl.float32)).to(gl.bfloat16)
     gl.store(y_ptr + tokens[None, :] * stride_y + rows[:, None], y, mask=inside)
 
 
 @gluon.jit
 def _consumer(
     C: gl.constexpr, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr,
-    h_ptr, lora_ptr, M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
+    h_ptr, lora_ptr, residual_ptr, M, N, k_tiles, m_tiles, groups, waves, units,
+    stride_y, stride_h, stride_lora, stride_residual,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
-    GROUP: gl.constexpr, RANK: gl.constexpr,
+    GROUP: gl.constexpr, DEPENDENT: gl.constexpr, RANK: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = accumulator(TOKENS)
     PART: gl.constexpr = partial(TOKENS)
@@ -277,15 +283,18 @@ def _consumer(
                     acc0 += gl.load(at, cache_modifier=".cg")
                     if ROWS == 128:
                         acc1 += gl.load(at + 64 * TOKENS, cache_modifier=".cg")
+            if DEPENDENT > 0:
+                gdc_wait()  # h, where the producer did not wait in this way
             decode = gl.load(decode_ptr) * 256.0
             token0 = (tile % m_tiles * groups + member) * TOKENS
             _write(
-                acc0, row0, token0, decode, y_ptr, h_ptr, lora_ptr, M, N, stride_y, stride_h, stride_lora, TOKENS, RANK
-            )
+                acc0, row0, token0, decode, y_ptr, h_ptr, lora_ptr, residual_ptr,
+                M, N, stride_y, stride_h, stride_lora, stride_residual, TOKENS, RANK, RESIDUAL,
+            )  # fmt: skip
             if ROWS == 128:
                 _write(
-                    acc1, row0 + 64, token0, decode, y_ptr, h_ptr, lora_ptr, M, N, stride_y, stride_h, stride_lora,
-                    TOKENS, RANK,
+                    acc1, row0 + 64, token0, decode, y_ptr, h_ptr, lora_ptr, residual_ptr,
+                    M, N, stride_y, stride_h, stride_lora, stride_residual, TOKENS, RANK, RESIDUAL,
                 )  # fmt: skip
         unit = next_unit
         tile = next_tile
@@ -307,7 +316,8 @@ def _fetch_w(
 
 @gluon.jit
 def _producer(
-    x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w, k_tiles, m_tiles, groups, waves, units,
+    x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w, arrival_ptr, arrival_at, arriving,
+    k_tiles, m_tiles, groups, waves, units,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
     GROUP: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
@@ -321,7 +331,7 @@ def _producer(
     fetched = 0  # weight tiles of this run that are on their way already
     if DEPENDENT > 0:
         # W does not depend on the kernel before this one, x does: fill the ring with weights, then wait. Everything
-        # that consumers touch besides W they touch after x has arrived, so this one wait orders all of it.
+        # that consumers touch besides W and h they touch after x has arrived, so this one wait orders all of it.
         tile = gl.where(waves > 0, worker, base + unit // k_tiles)
         first_k = gl.where(waves > 0, 0, unit % k_tiles)
         n = gl.where(waves > 0, k_tiles, gl.minimum(k_tiles - first_k, last_unit - unit))
@@ -331,7 +341,10 @@ def _producer(
             w_slot, w_phase = _fetch_w(
                 w_desc, w_smem, full_w, empty_w, w_slot, w_phase, row, (first_k + i) * 128, ROWS, CONSUMERS, SLOTS_W
             )
-        gdc_wait()
+        await_x(arrival_ptr, arrival_at, arriving)
+        fence_for_copy_engine()
+        if DEPENDENT == 1:
+            gdc_launch_dependents()
     while (wave < waves) | (unit < last_unit):
         whole = wave < waves
         tile = gl.where(whole, wave * workers + worker, base + unit // k_tiles)
@@ -359,16 +372,16 @@ def _producer(
         gdc_launch_dependents()  # nothing is left to load: let the next kernel's launch overlap the last products
 
 
-@gluon.jit(do_not_specialize=["M", "m_tiles", "groups", "waves", "units", "k_tiles"])
+@gluon.jit(do_not_specialize=["M", "m_tiles", "groups", "waves", "units", "k_tiles", "arrival_at", "arriving"])
 def kernel(
-    x_desc, w_desc, block_ptr, decode_ptr, y_ptr, part_ptr, h_ptr, lora_ptr,
-    M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
+    x_desc, w_desc, block_ptr, decode_ptr, y_ptr, part_ptr, h_ptr, lora_ptr, residual_ptr,
+    arrival_ptr, arrival_at, arriving, M, N, k_tiles, m_tiles, groups, waves, units,
+    stride_y, stride_h, stride_lora, stride_residual,
     TOKENS: gl.constexpr, ROWS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS_W: gl.constexpr, SLOTS_X: gl.constexpr,
     GROUP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, DEPENDENT: gl.constexpr, RANK: gl.constexpr,
+    RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """One CTA of the persistent grid; see the module's docstring. x comes permuted. RANK 0: no LoRA."""
-    if DEPENDENT == 1:
-        gdc_launch_dependents()
     w_smem = gl.allocate_shared_memory(gl.uint8, [SLOTS_W * CONSUMERS, ROWS, 128], W_SMEM)
     x_smem = gl.allocate_shared_memory(gl.bfloat16, [SLOTS_X, GROUP * TOKENS, 64], XT_SMEM)
     full_w = gl.allocate_shared_memory(gl.int64, [SLOTS_W, 1], mbarrier.MBarrierLayout())
@@ -387,11 +400,12 @@ def kernel(
         gl.warp_specialize([
             (_consumer, (
                 0, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr,
-                h_ptr, lora_ptr, M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
-                TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, RANK,
+                h_ptr, lora_ptr, residual_ptr, M, N, k_tiles, m_tiles, groups, waves, units,
+                stride_y, stride_h, stride_lora, stride_residual,
+                TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, DEPENDENT, RANK, RESIDUAL,
             )),
             (_producer, (
-                x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w,
+                x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w, arrival_ptr, arrival_at, arriving,
                 k_tiles, m_tiles, groups, waves, units, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, DEPENDENT,
             )),
         ], [1], [24])  # fmt: skip
@@ -399,16 +413,18 @@ def kernel(
         gl.warp_specialize([
             (_consumer, (
                 0, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr,
-                h_ptr, lora_ptr, M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
-                TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, RANK,
+                h_ptr, lora_ptr, residual_ptr, M, N, k_tiles, m_tiles, groups, waves, units,
+                stride_y, stride_h, stride_lora, stride_residual,
+                TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, DEPENDENT, RANK, RESIDUAL,
             )),
             (_consumer, (
                 1, x_smem, w_smem, full_x, empty_x, full_w, empty_w, block_ptr, decode_ptr, y_ptr, part_ptr,
-                h_ptr, lora_ptr, M, N, k_tiles, m_tiles, groups, waves, units, stride_y, stride_h, stride_lora,
-                TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, RANK,
+                h_ptr, lora_ptr, residual_ptr, M, N, k_tiles, m_tiles, groups, waves, units,
+                stride_y, stride_h, stride_lora, stride_residual,
+                TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, DEPENDENT, RANK, RESIDUAL,
             )),
             (_producer, (
-                x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w,
+                x_desc, w_desc, x_smem, w_smem, full_x, empty_x, full_w, empty_w, arrival_ptr, arrival_at, arriving,
                 k_tiles, m_tiles, groups, waves, units, TOKENS, ROWS, CONSUMERS, SLOTS_W, SLOTS_X, GROUP, DEPENDENT,
             )),
         ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip

@@ -5,6 +5,9 @@ again. (Where a pass over x comes first, it clears counters behind the partial s
 stream runs its kernels one after the other, so one piece per (device, stream) is enough, and no call allocates once the
 largest shape has been seen. Calls of more than one kernel take `turn`: two threads may share a stream.
 
+`arrivals` are two words by which a kernel tells the next one, while both run, how many of its programs have done what
+the next one waits for (lead_in.py). Calls of a captured graph use them in turn, and each clears the other's.
+
 `permuted` is x as the Hopper kernel reads it: the copy engine's descriptor of a buffer that stays is made only once.
 
 `dense_weight` is the scratch of the two-step path: one bfloat16 weight per (device, stream), as large as the largest
@@ -25,8 +28,9 @@ import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,16 +43,41 @@ _FLAGS: dict[Place, Tensor] = {}
 _PERMUTED: dict[Place, Tensor] = {}
 _DENSE: dict[Place, Tensor] = {}
 _HELD: dict[Place, tuple[object, ...]] = {}
-_CAPTURES: dict[Place, tuple[int, Tensor]] = {}  # (device, stream) -> the last capture there and its counters
+_ARRIVALS: dict[Place, Tensor] = {}
+_CAPTURES: dict[Place, "_Captured"] = {}  # the last capture on each (device, stream)
 _SPARES: dict[int, list[Tensor]] = {}  # device -> sets of counters for the next captures
 _TAKEN: list[Tensor] = []  # sets that captured graphs use
 _TURNS: dict[Place, threading.Lock] = {}
 
 MIN_PARTIAL = 1 << 20
 MIN_FLAGS = 1 << 14
-SPARE_FLAGS = 1 << 12
+SPARE_FLAGS = 1 << 12  # of which the last four, aligned as the first, are for arrivals
 SPARES = 64
 PERMUTED_ROWS = 1 << 16  # of 128 bytes: 8 MB; above, one allocation costs nothing beside the kernel
+
+
+@dataclass
+class _Captured:
+    """A capture, by the driver's number, and what belongs to it."""
+
+    number: int
+    words: Tensor  # int32 [SPARE_FLAGS]
+    calls: int = 0  # that use arrivals
+
+
+class Arrivals(NamedTuple):
+    """Where programs of a kernel count themselves when they are done.
+
+    Attributes:
+        words: int32, two that matter, 16-byte aligned.
+        at: which of them this call uses. The same kernel sets the other one to zero, for the next call, before it
+            counts its first program.
+        early: whether the word is known to be zero before: only then may the next kernel go by it.
+    """
+
+    words: Tensor
+    at: int
+    early: bool
 
 
 def stream_of(device_index: int) -> int:
@@ -142,31 +171,55 @@ def flags(device: torch.device, count: int) -> Tensor:
     """int32 [>= count], all zero, to be left all zero."""
     place = _place(device)
     if place is None:
-        spare = _flags_of_capture(_here(device)) if device.type == "cuda" and count <= SPARE_FLAGS else None
-        return torch.zeros(count, dtype=torch.int32, device=device) if spare is None else spare
+        capture = _capture(_here(device)) if device.type == "cuda" and count <= SPARE_FLAGS - 4 else None
+        return torch.zeros(count, dtype=torch.int32, device=device) if capture is None else capture.words[:-4]
     held = _FLAGS.get(place)
     if held is None or held.numel() < count:
         held = _FLAGS[place] = _lasting(max(count, MIN_FLAGS), torch.int32, place).zero_()
-    if not _SPARES.get(place[0]):
-        _SPARES[place[0]] = list(_lasting(SPARES * SPARE_FLAGS, torch.int32, place).zero_().split(SPARE_FLAGS))
+    _lay_by(place)
     return held
 
 
-def _flags_of_capture(here: Place) -> Tensor | None:
-    """The counters of the capture that the current stream is in, or None if none were laid by."""
+def _lay_by(place: Place) -> None:
+    """Words for the next captures, which cannot allocate any."""
+    if not _SPARES.get(place[0]):
+        _SPARES[place[0]] = list(_lasting(SPARES * SPARE_FLAGS, torch.int32, place).zero_().split(SPARE_FLAGS))
+
+
+def arrivals(device: torch.device) -> Arrivals:
+    """For the call that is being launched: outside of a capture, and for a capture's first call, not to go by.
+
+    A replay begins with what the last one left in the word of the first call. Every other call's was cleared by the
+    call before it.
+    """
+    place = _place(device)
+    if place is not None:
+        if place not in _ARRIVALS:
+            _ARRIVALS[place] = _lasting(2, torch.int32, place)
+            _lay_by(place)
+        return Arrivals(_ARRIVALS[place], 0, early=False)
+    capture = _capture(_here(device)) if device.type == "cuda" else None
+    if capture is None:
+        return Arrivals(torch.empty(2, dtype=torch.int32, device=device), 0, early=False)
+    capture.calls += 1
+    return Arrivals(capture.words[-4:], capture.calls % 2, early=capture.calls > 1)
+
+
+def _capture(here: Place) -> _Captured | None:
+    """The capture that the current stream is in, or None if no words were laid by for it."""
     number = _capture_number(here[1])
     if number is None:
         return None
     before = _CAPTURES.get(here)
-    if before is not None and before[0] == number:
-        return before[1]
+    if before is not None and before.number == number:
+        return before
     spares = _SPARES.get(here[0])
     if not spares:
         return None
-    spare = spares.pop()
-    _TAKEN.append(spare)
-    _CAPTURES[here] = number, spare
-    return spare
+    words = spares.pop()
+    _TAKEN.append(words)
+    _CAPTURES[here] = captured = _Captured(number, words)
+    return captured
 
 
 def permuted(device: torch.device, rows: int) -> Tensor:
@@ -218,5 +271,5 @@ def forget() -> None:
 
 def release() -> None:
     """Give all scratch back to the allocator, as after loading or before a large evaluation."""
-    for held in (_PARTIAL, _FLAGS, _PERMUTED, _DENSE, _HELD):
+    for held in (_PARTIAL, _FLAGS, _ARRIVALS, _PERMUTED, _DENSE, _HELD):
         held.clear()

@@ -22,7 +22,7 @@ def test_the_present_choice_stays_unless_another_is_clearly_faster():
 
 
 def test_merging_replaces_tuned_cells_and_keeps_the_others():
-    base = {"forward": {"48x96": {"1": A, "64": A}}, "dx": {"48x96": {"1": A}}}
+    base = {"forward": {"48x96": {"1": A, "64": A}}, "adapted": {}, "dx": {"48x96": {"1": A}}}
     table = tune.merged(base, {"forward": {"48x96": {"8": B, "1": B}, "2x32": {"1": B}}, "dx": {}})
     assert list(table["forward"]["48x96"].items()) == [("1", B), ("8", B), ("64", A)]
     assert table["forward"]["2x32"] == {"1": B}
@@ -52,21 +52,19 @@ def test_choices_that_differ_in_arguments_only_are_one_form():
 
 
 def test_every_cell_has_a_candidate_and_hopper_only_where_it_can_run():
-    for direction in tune.DIRECTIONS:
-        for n, k in tune.SHAPES:
-            for m in tune.BUCKETS:
-                kernels = {choice["kernel"] for choice in candidates.of(direction, n, k, m, 132)}
-                assert kernels
-                assert k % 256 == 0 or not kernels & {"hopper", "stream", "hopper_dx"}
+    for n, k in tune.SHAPES:
+        for direction, m in tune.cells_of(n, k):
+            kernels = {choice["kernel"] for choice in candidates.of(direction, n, k, m, 132)}
+            assert kernels
+            assert k % 256 == 0 or not kernels & {"hopper", "stream", "hopper_dx"}
 
 
 def test_the_whole_tuning_compiles_few_enough_forms():
     """300 forms of 5 s on 16 cores are 94 s of the 240 that a run may take."""
     forms = {
         (direction, candidates.form(choice))
-        for direction in tune.DIRECTIONS
         for n, k in tune.SHAPES
-        for m in tune.BUCKETS
+        for direction, m in tune.cells_of(n, k)
         for choice in candidates.of(direction, n, k, m, 132)
     }
     assert len(forms) < 300

@@ -272,7 +272,8 @@ def run(module, arguments, constants, grid, *, kernel="kernel", pack_dim=0, orde
         expect=lambda barrier, size: barrier.arrive(1, size),
     )
     globals_["tma_load"] = _copy
-    for name in ("barrier", "fence_async_shared", "gdc_launch_dependents", "gdc_wait"):
+    silent = ("barrier", "fence_async_shared", "fence_for_copy_engine", "gdc_launch_dependents", "gdc_wait")
+    for name in silent:
         globals_[name] = lambda: None
     globals_["mma_v2"] = lambda a, b, acc: tensor(acc + a.float() @ b.float())
     globals_["warpgroup_mma"] = lambda a, b, acc, is_async: tensor(acc + a.float() @ b.data.float())

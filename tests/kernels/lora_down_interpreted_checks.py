@@ -11,6 +11,7 @@ import json
 import torch
 
 from qerl_compile.kernels import lead_in, lora_down, nvfp4_fragments, nvfp4_permute
+from qerl_compile.kernels.nvfp4_workspace import Arrivals
 from tests.models import LONG
 
 torch.set_num_threads(1)
@@ -68,9 +69,14 @@ for m, r, k, form in (
             out = torch.full_like(alone, 3)
             offset = lead_in.behind(used)
             memory = torch.full((offset + lead_in.sums(m, r, k) + 8,), float("nan"))
-            order = lead_in.Order(fragments, tokens, out, 40, counters)
-            h = lead_in.launch(x, a, order, memory, offset, waits=False, triggers=False)
+            at = counters // 300
+            words = torch.tensor([5, 0] if at else [0, 5], dtype=torch.int32)
+            order = lead_in.Order(fragments, tokens, out, 40, counters, Arrivals(words, at, early=True))
+            h, arrivals, _, arriving = lead_in.launch(x, a, order, memory, offset, waits=False, triggers=False)
+            width = lead_in.lanes(fragments, 1)
+            pieces = nvfp4_fragments.programs_for(tokens, k, width) if fragments else m * -(-k // (8 * width))
             right = torch.equal(out.view(torch.int16), alone.view(torch.int16)) and not tickets.any()
+            right = right and arriving == 0 and arrivals.tolist() == ([0, pieces] if at else [pieces, 0])
             around = torch.cat((memory[:40], memory[-8:]))
             right = right and bool(memory[40:used].eq(0).all() and around.isnan().all())
             error = ((h.double() - exact).abs().max() / exact.abs().max()).item()

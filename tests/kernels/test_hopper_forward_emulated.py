@@ -28,11 +28,11 @@ def permuted(x, tokens, rows):
     return out
 
 
-def multiply(x, codes, block, decode, config, multiprocessors, h=None, lora=None):
-    """What nvfp4_hopper.linear launches, on torch tensors; also the plan."""
+def multiply(x, codes, block, decode, config, multiprocessors, h=None, lora=None, residual=None):
+    """What nvfp4_hopper.linear launches, on torch tensors; also the plan. With an adapter, x has been counted."""
     config = FORM | config
     (m, k), n, rank = x.shape, codes.shape[0], 0 if h is None else h.shape[1]
-    plan = nvfp4_hopper._plan(m, n, k, rank, multiprocessors, tuple(config.items()))
+    plan = nvfp4_hopper._plan(m, n, k, rank, residual is not None, multiprocessors, tuple(config.items()))
     y = torch.full((m, n), float("nan"), dtype=torch.bfloat16)
     part = torch.full((plan.partial + plan.counters,), float("nan"))
     part[plan.partial :] = 0
@@ -41,14 +41,16 @@ def multiply(x, codes, block, decode, config, multiprocessors, h=None, lora=None
         Descriptor(permuted(x, config["tokens"], plan.rows_x), plan.x.shape),
         Descriptor(codes, plan.w.shape),
         *map(Pointer, (block, decode.reshape(1), y, part)),
-        *(None if t is None else Pointer(t) for t in (h, lora)),
+        *(None if t is None else Pointer(t) for t in (h, lora, residual)),
+        *((Pointer(torch.tensor([7, 3], dtype=torch.int32)), 1, 3) if rank else (None, 0, 0)),
         *plan.integers,
         *strides,
+        1 if residual is None else residual.stride(0),
     )
     constants = {
         "TOKENS": config["tokens"], "ROWS": config["rows"], "CONSUMERS": config["consumers"],
         "SLOTS_W": config["slots_w"], "SLOTS_X": config["slots_x"], "GROUP": plan.x.shape[0] // config["tokens"],
-        "CONSUMER_REGISTERS": 0, "DEPENDENT": config["dependent"], "RANK": rank,
+        "CONSUMER_REGISTERS": 0, "DEPENDENT": config["dependent"], "RANK": rank, "RESIDUAL": residual is not None,
     }  # fmt: skip
     run(nvfp4_wgmma, arguments, constants, plan.grid, pack_dim=-1)
     assert part[plan.partial :].view(torch.int32).tolist() == helpers(plan, config["consumers"])
@@ -99,6 +101,9 @@ def test_the_source_on_torch_tensors_agrees_with_float64(case):
         exact += h.double() @ lora.double().T
     y, plan = multiply(x, *w.args, config, multiprocessors, h, lora)
     assert ((y.double() - exact).norm() / exact.norm()).item() < 2.5e-3
+    if rank:
+        residual = torch.randn(m, n + 8, generator=generator).bfloat16()[:, :n]
+        assert torch.equal(multiply(x, *w.args, config, multiprocessors, h, lora, residual)[0], y + residual)
     assert (plan.grid, plan.integers[5]) == ((ctas,), waves)
 
 

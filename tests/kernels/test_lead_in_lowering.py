@@ -30,9 +30,9 @@ def lower(m, k, fragments, *, waits=True, capability=90):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        pointers = {"part_ptr": "*fp32", "counter_ptr": "*fp32", "flag_ptr": "*i32"}
+        pointers = {"part_ptr": "*fp32", "counter_ptr": "*fp32", "flag_ptr": "*i32", "arrival_ptr": "*i32"}
         signature[name] = pointers.get(name, "*bf16") if name.endswith("_ptr") else "i32"
-        if name not in ("M", "counter_at", "counters", "pieces"):
+        if name not in ("M", "counter_at", "counters", "pieces", "arrival_at"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(lead_in.kernel, signature, values, attributes)
@@ -60,6 +60,9 @@ def test_h_keeps_its_loads_in_flight_and_every_program_waits_before_it_reads_x_o
         assert sum(at < wait for at in loads) == before
         assert len(loads) > before
         assert wait < min(at.start() for at in re.finditer(r"st\.global|atom\.|red\.", part))
+    # x is stored, then all threads meet, then one counts the program, for whoever acquires the word
+    counted = re.search(r"(red|atom)\.global\.gpu\.release\.add", body).start()
+    assert body.rindex("st.global", 0, counted) < body.rindex("bar.sync", 0, counted) < counted
     if form["GROUPS"] == 0:
         assert sum(at > tile.index("griddepcontrol.wait") for at in loads) == loads_x
     else:

@@ -20,7 +20,7 @@ def lower(function, constants, dtype, options, capability=90):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        pointers = {"table_ptr": "*i32", "length_ptr": "*i32", "part_ptr": "*fp32"}
+        pointers = {"table_ptr": "*i32", "length_ptr": "*i32", "part_ptr": "*fp32", "ticket_ptr": "*i32"}
         signature[name] = pointers.get(name, dtype) if name.endswith("_ptr") else "i32"
         if name.endswith("_ptr") or (name.startswith("stride") and name != "stride_table"):
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -30,14 +30,14 @@ def lower(function, constants, dtype, options, capability=90):
 
 
 def decode(
-    group, d, page, *, dtype="*bf16", itemsize=2, split=True, window=0, rotary=False, bias=False, dependent=False,
+    group, d, page, *, dtype="*bf16", itemsize=2, splits=4, window=0, rotary=False, bias=False, dependent=False,
     capability=90,
 ):  # fmt: skip
     config = flash_decode.config(d, page, itemsize)
     constants = {
-        "G": group, "GP": max(16, triton.next_power_of_2(group)), "D": d, "DP": triton.next_power_of_2(d),
-        "PAGE": page, "TILE": config["TILE"], "SPLIT": split, "WINDOW": window, "SCALE": 0.1, "BIAS": bias,
-        "ROTARY": rotary, "DEPENDENT": dependent,
+        "G": group, "GP": max(16, triton.next_power_of_2(group)), "GS": triton.next_power_of_2(group), "D": d,
+        "DP": triton.next_power_of_2(d), "PAGE": page, "TILE": config["TILE"], "SP": splits, "WINDOW": window,
+        "SCALE": 0.1, "BIAS": bias, "ROTARY": rotary, "DEPENDENT": dependent, "ASM": True,
     }  # fmt: skip
     options = {name: config[name] for name in ("num_warps", "num_stages")}
     return lower(flash_decode._decode, constants, dtype, options, capability)
@@ -49,25 +49,25 @@ def registers(compiled, folder):
 
 
 @pytest.mark.parametrize(
-    ("group", "d", "page", "split", "window"),
+    ("group", "d", "page", "splits", "window"),
     [
-        (5, 128, 64, True, 0),
-        (7, 128, 64, True, 0),
-        (7, 128, 64, False, 0),
-        (5, 128, 64, True, 4096),
-        (3, 64, 64, True, 0),
-        (4, 80, 64, True, 0),
-        (2, 96, 64, True, 0),
-        (1, 256, 64, True, 0),
-        (32, 128, 64, True, 0),
-        (5, 128, 16, True, 0),
+        (5, 128, 64, 4, 0),
+        (7, 128, 64, 32, 0),
+        (7, 128, 64, 1, 0),
+        (5, 128, 64, 8, 4096),
+        (3, 64, 64, 16, 0),
+        (4, 80, 64, 2, 0),
+        (2, 96, 64, 4, 0),
+        (1, 256, 64, 64, 0),
+        (32, 128, 64, 8, 0),
+        (5, 128, 16, 4, 0),
     ],
 )
 @pytest.mark.parametrize("before", [{}, {"rotary": True, "bias": True}], ids=["as it is", "bias and rotary"])
 def test_decode_keeps_two_tiles_in_flight_in_sixteen_byte_pieces_and_does_not_spill(
-    group, d, page, split, window, before, tmp_path
+    group, d, page, splits, window, before, tmp_path
 ):
-    compiled = decode(group, d, page, split=split, window=window, **before)
+    compiled = decode(group, d, page, splits=splits, window=window, **before)
     sass = disassemble(compiled, tmp_path)
     assert not re.search(r"\b(LDL|STL)\b", sass)
     assert "HMMA.16816.F32.BF16" in sass
@@ -89,21 +89,6 @@ def test_the_other_dtypes_do_not_spill(dtype, tmp_path):
     assert ("HMMA" in sass) == (dtype == "*fp16")  # float32 is multiplied in float32, not in TF32
 
 
-@pytest.mark.parametrize("splits", [2, 16, 64])
-@pytest.mark.parametrize("dependent", [False, True])
-def test_combine_does_not_spill_and_waits_only_as_a_dependent(splits, dependent, tmp_path):
-    constants = {
-        "G": 5, "D": 128, "DP": 128, "SP": splits, "TILE": 64, "WINDOW": 0, "DEPENDENT": dependent,
-    }  # fmt: skip
-    compiled = lower(flash_decode._combine, constants, "*bf16", {"num_warps": 4})
-    assert not re.search(r"\b(LDL|STL)\b", disassemble(compiled, tmp_path))
-    ptx = compiled.asm["ptx"]
-    assert re.findall(r"griddepcontrol\.(\w+)", ptx) == (["wait", "launch_dependents"] if dependent else [])
-    if dependent:
-        touched = [at.start() for at in re.finditer(r"(ld|st)\.global|\bret;", ptx)]
-        assert ptx.index("griddepcontrol.wait") < min(touched)
-
-
 @pytest.mark.parametrize("d", [64, 80, 128])
 def test_write_moves_sixteen_bytes_at_a_time(d, tmp_path):
     constants = {"D": d, "DP": triton.next_power_of_2(d), "PAGE": 64, "TILE": 4096 // triton.next_power_of_2(d)}
@@ -118,20 +103,20 @@ def test_decode_lowers_on_ampere_and_blackwell():
         assert "mma.sync" in decode(5, 128, 64, capability=capability).asm["ptx"]
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_a_dependent_decode_waits_before_it_touches_memory_and_triggers_after_its_loop(split):
-    ptx = decode(5, 128, 64, split=split, rotary=True, bias=True, dependent=True).asm["ptx"]
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_dependent_decode_waits_before_it_touches_memory_and_triggers_after_its_loop(splits):
+    ptx = decode(5, 128, 64, splits=splits, rotary=True, bias=True, dependent=True).asm["ptx"]
     assert re.findall(r"griddepcontrol\.(\w+)", ptx) == ["wait", "launch_dependents"]
     wait, trigger = ptx.index("griddepcontrol.wait"), ptx.index("griddepcontrol.launch_dependents")
     touched = [at.start() for at in re.finditer(r"(ld|st)\.global|cp\.async\.c[ag]\.shared|\bret;", ptx)]
     assert wait < min(touched)
     copies = [at.start() for at in re.finditer(r"cp\.async\.c[ag]\.shared|mma\.sync", ptx)]
     assert trigger > max(copies)
-    assert "griddepcontrol" not in decode(5, 128, 64, split=split).asm["ptx"]
+    assert "griddepcontrol" not in decode(5, 128, 64, splits=splits).asm["ptx"]
 
 
 def test_every_argument_goes_into_the_key_of_a_prepared_launch():
-    for kernel in (flash_decode._decode, flash_decode._combine, flash_decode._write):
+    for kernel in (flash_decode._decode, flash_decode._write):
         constant = [p.is_constexpr for p in kernel.params]
         assert constant == sorted(constant)
 

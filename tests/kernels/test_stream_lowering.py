@@ -99,7 +99,8 @@ def test_a_in_place_of_h_gives_the_same_bits_from_scratch_that_is_shared(on_torc
         clear = (scratch, order.counter_at, order.counters) if order.counters else None
         order.out.copy_(nvfp4_fragments.fragments(x_MK, order.tokens, clear=clear))
         scratch[offset : offset + lead_in.sums(*x_MK.shape[:1], a_RK.shape[0], x_MK.shape[1])] = float("nan")
-        return (x_MK.float() @ a_RK.float().T).bfloat16()
+        arrivals = torch.tensor([3, 5], dtype=torch.int32)
+        return lead_in.LeadIn((x_MK.float() @ a_RK.float().T).bfloat16(), arrivals, 1, 5 if triggers else 0)
 
     monkeypatch.setattr(lead_in, "launch", launch)
     generator = torch.Generator().manual_seed(3)
@@ -129,7 +130,7 @@ def compiled(capability=90, **form):
     constants = {"W": 4, "R": 16, "T": 8, "SLICES": 1, "RANK": 0, "NATURAL": False, "RESIDUAL": False} | form
     constants["DEPENDENT"] = capability >= 90
     warps = constants["W"]
-    constants |= {} if constants["RANK"] else {"h_ptr": None, "lora_ptr": None}
+    constants |= {} if constants["RANK"] else {"h_ptr": None, "lora_ptr": None, "arrival_ptr": None}
     constants |= {} if constants["RESIDUAL"] else {"residual_ptr": None}
     constants |= {} if constants["SLICES"] > 1 else {"part_ptr": None}
     block = "*fp8e4nv" if capability >= 90 else "*u8"  # Triton has no E4M3 on Ampere, not even behind a pointer

@@ -30,7 +30,7 @@ from qerl_compile.kernels import nvfp4_wgmma_layouts as layouts
 POINTERS = {
     "x_ptr": "*i32", "codes_ptr": "*u8", "decode_ptr": "*fp32", "y_ptr": "*bf16", "part_ptr": "*fp32",
     "flag_ptr": "*i32", "h_ptr": "*bf16", "lora_ptr": "*bf16", "dy_ptr": "*bf16", "dx_ptr": "*bf16", "w_ptr": "*bf16",
-    "out_ptr": "*bf16", "global_ptr": "*fp32",
+    "out_ptr": "*bf16", "global_ptr": "*fp32", "arrival_ptr": "*i32", "residual_ptr": "*bf16",
 }  # fmt: skip
 
 
@@ -62,13 +62,13 @@ def disassemble(compiled, folder, option="-sass"):
     return subprocess.run([tool, option, str(file)], capture_output=True, text=True, check=True).stdout
 
 
-def hopper(bucket, rank=0, dependent=None):
+def hopper(bucket, rank=0, dependent=None, residual=False):
     config = dispatch._HOPPER[bucket]
     group = min(4, 256 // config["tokens"])
     constants = {
         "TOKENS": config["tokens"], "ROWS": config["rows"], "CONSUMERS": config["consumers"],
         "SLOTS_W": config["slots_w"], "SLOTS_X": config["slots_x"], "GROUP": group,
-        "CONSUMER_REGISTERS": config["registers"], "RANK": rank,
+        "CONSUMER_REGISTERS": config["registers"], "RANK": rank, "RESIDUAL": residual,
         "DEPENDENT": config["dependent"] if dependent is None else dependent,
     }  # fmt: skip
     descriptors = {
@@ -76,7 +76,9 @@ def hopper(bucket, rank=0, dependent=None):
         "w_desc": f"tensordesc<u8[{config['rows']}, 128],{layouts.CODES_SMEM!r}>",
     }
     if not rank:
-        constants |= {"h_ptr": None, "lora_ptr": None, "stride_h": 1, "stride_lora": 1}
+        constants |= {"h_ptr": None, "lora_ptr": None, "stride_h": 1, "stride_lora": 1, "arrival_ptr": None}
+    if not residual:
+        constants |= {"residual_ptr": None, "stride_residual": 1}
     return lower(
         nvfp4_wgmma.kernel,
         constants,
@@ -92,10 +94,11 @@ def hopper(bucket, rank=0, dependent=None):
 if nvfp4_arithmetic.GLUON:
 
     @pytest.mark.parametrize(
-        ("bucket", "dependent", "rank"), [(8, 1, 0), (8, 2, 16), (64, 0, 0), (64, 2, 64), (256, 3, 0), (128, 3, 64)]
+        ("bucket", "dependent", "rank"),
+        [(8, 1, 0), (8, 2, 16), (16, 1, 32), (64, 0, 0), (64, 2, 64), (256, 3, 0), (128, 3, 64)],
     )
     def test_the_hopper_kernel_overlaps_decoding_with_wgmma_and_does_not_spill(bucket, dependent, rank, tmp_path):
-        compiled = hopper(bucket, rank, dependent)
+        compiled = hopper(bucket, rank, dependent, residual=bucket == 16)
         sass = disassemble(compiled, tmp_path)
         assert "HGMMA" in sass
         assert not re.search(r"\b(LDL|STL)\b", sass)
@@ -108,12 +111,13 @@ if nvfp4_arithmetic.GLUON:
         consumers = dispatch._HOPPER[bucket]["consumers"]
         tokens, rows = dispatch._HOPPER[bucket]["tokens"], dispatch._HOPPER[bucket]["rows"]
         assert len(re.findall(r"\bHMMA", sass)) == consumers * (rows // 64) * (tokens // 8) * (rank // 16)
-        assert "SHFL" not in sass
+        assert sass.count("SHFL") == (rank > 0 and dependent > 0)  # the count of arrivals, to a warp
         assert sass.count("LDSM") == 0
-        # 1 triggers at the start, 1 and 2 wait before x, 0 does neither
+        # 1 triggers when x is there, 3 at the end, 1 to 3 wait: the producer before x, consumers before h, if at all
         ptx = compiled.asm["ptx"]
         assert ("griddepcontrol.launch_dependents" in ptx) == (dependent in (1, 3))
-        assert ("griddepcontrol.wait" in ptx) == (dependent > 0)
+        assert ptx.count("griddepcontrol.wait") == (1 + consumers if dependent else 0)
+        assert ("fence.proxy.async.global" in ptx) == (dependent > 0)
 
     @pytest.mark.parametrize("dependent", [0, 1, 2])
     def test_the_permutation_triggers_before_it_waits(dependent):
