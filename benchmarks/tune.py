@@ -139,7 +139,7 @@ def expectation(weight: Weight, direction: str, x: Tensor) -> Tensor:
 
 def cells_of(n: int, k: int) -> list[tuple[str, int]]:
     """Directions and buckets of a weight. Rollouts have two rows at least, and lead_in.py 16 at most."""
-    rows = {"forward": BUCKETS, "adapted": (8, 16) if (n, k) in ADAPTERS else (), "dx": BUCKETS}
+    rows = {"forward": BUCKETS, "adapted": (2, 8, 16) if (n, k) in ADAPTERS else (), "dx": BUCKETS}
     return [(direction, m) for direction in DIRECTIONS for m in rows[direction]]
 
 

@@ -8,6 +8,7 @@ that can be judged (recipe, task, rewards, templates, tokenizer, sinks) is, befo
 anything is made.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -129,6 +130,8 @@ def train(
     if plan:
         from qerl_compile.cli.plan import show_plan
 
+        if os.environ.get("RANK", "0") != "0":  # under torchrun one process says it for all
+            raise typer.Exit(0)
         again = shlex.join(argument for argument in ("qerl-compile", *sys.argv[1:]) if argument != "--plan")
         raise typer.Exit(show_plan(model, rules, then=again, adapter=adapter))
     base = base_name(model)

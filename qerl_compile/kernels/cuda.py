@@ -107,13 +107,12 @@ def adapted_linear(
     x_MK = aligned_rows(x_MK)
     (n, k2), m = codes_NK2.shape, x_MK.shape[0]
     capability, multiprocessors = capability_and_multiprocessors(x_MK.device.index)
-    if choice is None:
-        choice = dispatch.choose("adapted", n, k2 * 2, m, capability, multiprocessors)
+    wanted = choice or dispatch.choose("adapted", n, k2 * 2, m, capability, multiprocessors)
     y_MN = None
-    if _one_lead_in(x_MK, lora_A_RK, lora_B_NR, choice):
+    if _one_lead_in(x_MK, lora_A_RK, lora_B_NR, wanted):
         within = residual_MN if residual_MN is not None and residual_MN.stride(1) == 1 else None
         y_MN = _gluon_linear(
-            x_MK, codes_NK2, block_NG, decode_scale, None, lora_B_NR, lora_A_RK, choice, multiprocessors, within
+            x_MK, codes_NK2, block_NG, decode_scale, None, lora_B_NR, lora_A_RK, wanted, multiprocessors, within
         )
         if y_MN is not None and within is not None:
             return y_MN

@@ -5,9 +5,9 @@ Nothing is ever timed or tuned inside a training step, so the choice (and with i
 on every run and every rank.
 
 A table maps a direction ("forward", "adapted" or "dx"), a weight "NxK" and a bucket of tokens to a choice. A bucket is
-named by its largest number of tokens: 5 tokens use bucket "8". "adapted" is forward with an adapter's first product in
-the launch before (lead_in.py), between kernels that wait for each other as in a decode step; where the table does not
-have it, forward's choice holds. Choices are
+named by its largest number of tokens, and 5 tokens use the next one that the weight has, "8". "adapted" is forward with
+an adapter's first product in the launch before (lead_in.py), between kernels that wait for each other as in a decode
+step; where the table does not have it, forward's choice holds. Choices are
 
     {"kernel": "stream",   R, W, T, SLICES, NATURAL, ...}                        nvfp4_stream.py
     {"kernel": "decode",   BM, BN, BK, SWAP, slices, num_warps, num_stages}      nvfp4_decode.py
@@ -69,11 +69,13 @@ def choose(direction: str, n: int, k: int, m: int, capability: tuple[int, int], 
     Returns:
         One of the choices listed at the top.
     """
-    bucket = next((b for b in BUCKETS if m <= b), None)
-    found = _table(capability).get(direction, {}).get(f"{n}x{k}", {}).get(str(bucket))
-    if found is None and direction == "adapted":
+    entry = _table(capability).get(direction, {}).get(f"{n}x{k}", {})
+    bucket = next((name for name in entry if m <= int(name)), None)  # in ascending order
+    if bucket is not None:
+        return entry[bucket]
+    if direction == "adapted":
         return choose("forward", n, k, m, capability, multiprocessors)
-    return found or _rule(direction, n, k, m, capability, multiprocessors)
+    return _rule(direction, n, k, m, capability, multiprocessors)
 
 
 def _rule(direction: str, n: int, k: int, m: int, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any]:

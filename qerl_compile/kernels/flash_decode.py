@@ -109,7 +109,8 @@ def _decode(
     TILE: tl.constexpr, SP: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     ROTARY: tl.constexpr, DEPENDENT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One stretch of one kv head of one row; SCALE = scaling log2(e); SP = stretches, padded."""
+    """One stretch of one kv head of one row; SCALE = scaling log2(e); SP = stretches, padded to one of
+    three sizes, each of which is a form to compile."""
     if DEPENDENT:
         gdc_wait()  # before any return: a kernel that ends has waited
     b, j, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -308,9 +309,9 @@ def decode(
     options = {"launch_pdl": True} if dependent else {}
     launch = prepare(
         _decode, G=group, GP=max(16, triton.next_power_of_2(group)), GS=triton.next_power_of_2(group), D=d, DP=padded,
-        PAGE=page, TILE=tile, SP=triton.next_power_of_2(count), WINDOW=window, SCALE=scaling * math.log2(math.e),
-        BIAS=bias_XD is not None, ROTARY=rotary, DEPENDENT=dependent, ASM=ASM, num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"], **options,
+        PAGE=page, TILE=tile, SP=next(p for p in (1, 8, MOST_SPLITS) if count <= p), WINDOW=window,
+        SCALE=scaling * math.log2(math.e), BIAS=bias_XD is not None, ROTARY=rotary, DEPENDENT=dependent, ASM=ASM,
+        num_warps=chosen["num_warps"], num_stages=chosen["num_stages"], **options,
     )  # fmt: skip
     strides = (
         q_BHD.stride(0), q_BHD.stride(1), k_BJD.stride(0), k_BJD.stride(1), v_BJD.stride(0), v_BJD.stride(1),

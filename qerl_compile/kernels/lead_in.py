@@ -186,7 +186,7 @@ def launch(
     width = lanes(order.fragments, warps)
     fragments = nvfp4_fragments.programs_for(order.tokens, k, width)
     pieces = fragments if order.fragments else m * -(-k // (8 * width))
-    words, at, early = order.arrivals
+    words, at, early, _ = order.arrivals
     options: dict[str, Any] = {"launch_pdl": True} if waits else {}
     prepare(
         kernel, BM=form["BM"], BR=br, KS=form["KS"], STEPS=form["STEPS"], SLICES=slices, GROUPS=form["GROUPS"],
@@ -196,4 +196,5 @@ def launch(
         (pieces + r // br * slices,), x_MK, a_RK, h_MR, part, flag, order.out, scratch if order.counters else None,
         words, m, r, k, x_MK.stride(0), a_RK.stride(0), order.counter_at, order.counters, pieces, at,
     )  # fmt: skip
+    order.arrivals.launched()
     return LeadIn(h_MR, words, at, pieces if early and triggers else 0)

@@ -31,8 +31,10 @@ decode_scale, h, B, and every write) after x has arrived in shared memory, hence
        as well, for the permutation itself ended after waiting. Before it, nothing that the kernel directly before the
        permutation wrote: a weight written by that very kernel must not come with them. (Weights are constants here.
        After `quantize` comes the reciprocal that makes decode_scale, and that is an ordinary launch.)
-Where an adapter comes with few tokens, lead_in.py is in the place of the permutation: what is said of that holds, but
-for one thing. The main kernel then goes on when x is in order and waits for the end of lead_in.py's before h.
+Where an adapter comes with few tokens, lead_in.py is in the place of the permutation, and in a captured graph the main
+kernel goes on when x has been counted (lead_in.py): x, counters and partial sums come after the count, everything in
+the epilogue (h, B, decode_scale, the residual, y) after a wait of the consumer. A CTA that only helps with a tile never
+waits; every tile has an owner that does, so the kernel still does not end before the one before it has.
 Buffers are not overwritten too early either: in both, the permutation writes only when the previous call's main kernel
 has ended, in 1 and 3 because it waits first.
 """

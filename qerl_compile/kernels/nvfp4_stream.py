@@ -279,7 +279,7 @@ def kernel(
         x_tile += 2 * W
 
     if DEPENDENT:
-        gdc_wait()  # h, where x was not waited for in this way
+        gdc_wait()  # where x was waited for by a count (lead_in.py); over at once where it was not
     out = gl.sum(acc, axis=0)
     OUT: gl.constexpr = out.type.layout
     last = True

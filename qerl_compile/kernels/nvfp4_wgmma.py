@@ -18,7 +18,7 @@ CTA that began the tile adds the partial sums in fixed order and stores. Runs ar
 are numbered backwards: an owner only ever waits for CTAs that were launched before it. The counters that it waits on
 lie behind the partial sums; the kernel that permutes x sets them to zero.
 
-Epilogue: times decode_scale * 2^8, plus h · Bᵀ of a LoRA branch (nvfp4_wgmma_lora.py).
+Epilogue: times decode_scale * 2^8, plus h · Bᵀ of a LoRA branch (nvfp4_wgmma_lora.py), rounded; plus a residual.
 
 What it does not do: other architectures (compute capability 9.0 only), K not a multiple of 256, other activations than
 bfloat16. dispatch.py sends those elsewhere.
@@ -284,7 +284,7 @@ def _consumer(
                     if ROWS == 128:
                         acc1 += gl.load(at + 64 * TOKENS, cache_modifier=".cg")
             if DEPENDENT > 0:
-                gdc_wait()  # h, where the producer did not wait in this way
+                gdc_wait()  # where the producer went by a count (lead_in.py); over at once where it waited itself
             decode = gl.load(decode_ptr) * 256.0
             token0 = (tile % m_tiles * groups + member) * TOKENS
             _write(

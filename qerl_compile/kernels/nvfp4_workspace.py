@@ -62,7 +62,7 @@ class _Captured:
 
     number: int
     words: Tensor  # int32 [SPARE_FLAGS]
-    calls: int = 0  # that use arrivals
+    calls: int = 0  # that were launched with arrivals
 
 
 class Arrivals(NamedTuple):
@@ -73,11 +73,18 @@ class Arrivals(NamedTuple):
         at: which of them this call uses. The same kernel sets the other one to zero, for the next call, before it
             counts its first program.
         early: whether the word is known to be zero before: only then may the next kernel go by it.
+        capture: that the call belongs to; None for none.
     """
 
     words: Tensor
     at: int
     early: bool
+    capture: _Captured | None = None
+
+    def launched(self) -> None:
+        """Make way for the next call. Not before the launch: a call that failed would have cleared nothing."""
+        if self.capture is not None:
+            self.capture.calls += 1
 
 
 def stream_of(device_index: int) -> int:
@@ -196,13 +203,12 @@ def arrivals(device: torch.device) -> Arrivals:
     if place is not None:
         if place not in _ARRIVALS:
             _ARRIVALS[place] = _lasting(2, torch.int32, place)
-            _lay_by(place)
+        _lay_by(place)
         return Arrivals(_ARRIVALS[place], 0, early=False)
     capture = _capture(_here(device)) if device.type == "cuda" else None
     if capture is None:
         return Arrivals(torch.empty(2, dtype=torch.int32, device=device), 0, early=False)
-    capture.calls += 1
-    return Arrivals(capture.words[-4:], capture.calls % 2, early=capture.calls > 1)
+    return Arrivals(capture.words[-4:], (capture.calls + 1) % 2, early=capture.calls > 0, capture=capture)
 
 
 def _capture(here: Place) -> _Captured | None:

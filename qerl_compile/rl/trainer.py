@@ -156,8 +156,9 @@ class Trainer:
             self.model, rows=self.config.rollout_batch, budget_bytes=budget_bytes, share=share
         )
         self.updater = Updater(
-            self.model, self.parameters, self.optimizer, self.config, self.pad_id, self.ranks, self.teacher
-        )
+            self.model, self.parameters, self.optimizer, self.config, self.pad_id, self.ranks, self.teacher,
+            shares_gpu=isinstance(self.engine, PagedSampler),
+        )  # fmt: skip
         state = state_of(self.model)
         if self.rehearsal is None and self.sampler is None and state.inner == "inductor":  # nothing is refused any more
             device = self.parameters[0].device

@@ -90,6 +90,7 @@ class Updater:
         pad_id: fills token ids.
         ranks: this process among others.
         teacher: for distillation, a causal LM with the same tokens; None for none.
+        shares_gpu: whether the rollout's pages are in the memory of this GPU, and can be freed.
     """
 
     def __init__(
@@ -101,7 +102,10 @@ class Updater:
         pad_id: int,
         ranks: Ranks,
         teacher: Any = None,
+        *,
+        shares_gpu: bool = True,
     ) -> None:
+        self.shares_gpu = shares_gpu
         self.model, self.parameters, self.optimizer, self.config = model, parameters, optimizer, config
         self.pad_id, self.ranks, self.teacher = pad_id, ranks, teacher
         self.device = parameters[0].device
@@ -230,9 +234,8 @@ class Updater:
     def _what_frees_memory(self) -> str:
         if not self.config.recompute:
             return "Set train.recompute=true."
-        return (
-            "Set train.rollout_cache=freed." if self.config.rollout_cache == "kept" else "Lower train.max_new_tokens."
-        )
+        can_free = self.shares_gpu and self.config.rollout_cache == "kept"
+        return "Set train.rollout_cache=freed." if can_free else "Lower train.max_new_tokens."
 
     def _backward(self, batch: MicroBatch, totals: StepTotals) -> tuple[_Part, Tensor]:
         config, kl_BC = self.config, None

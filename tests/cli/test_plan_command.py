@@ -90,6 +90,9 @@ def test_train_with_plan_predicts_prints_the_command_without_it_and_writes_nothi
     assert "peak" in planned.text
     assert next_command(planned.text) == ["qerl-compile", *words]
     assert not (world / "planned").exists()
+    monkeypatch.setenv("RANK", "1")  # of torchrun: the first process says it for all
+    assert (quiet := command(*words, "--plan")).code == 0
+    assert quiet.text == ""
 
 
 def test_a_run_whose_graphs_cannot_be_predicted_goes_on(world, monkeypatch, capsys):

@@ -160,7 +160,10 @@ def test_what_is_within_all_budgets_passes():
         ({"to_base": far(perplexity=20.0)}, "Perplexity, bf16 base → export: ≤ +25%; got 10.000 → 20.000 (+100.0%)"),
         ({"merge": "nvfp4", "to_model": far(kl=0.1)}, "KL to the model with its adapter: ≤ 0.05; got 1.00e-01 nats"),
         ({"merge": "nvfp4", "effect_kept": 0.2}, "effect on predictions that is kept: ≥ 50%; got 20%"),
-        ({"merge": "nvfp4", "effect_kept": math.nan}, "effect on predictions that is kept: ≥ 50%; got nan%"),
+        (
+            {"merge": "nvfp4", "effect_kept": math.nan},
+            "effect on predictions that is kept: ≥ 50%; got none: the adapter does nothing",
+        ),
     ],
 )
 def test_one_value_over_its_budget_is_refused_by_name(changes, failed):

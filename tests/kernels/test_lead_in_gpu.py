@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qerl_compile.kernels import cuda, dispatch, flash_decode, nvfp4_workspace, ops
+from qerl_compile.kernels import cuda, dispatch, flash_decode, lead_in, nvfp4_workspace, ops
 from qerl_compile.kernels.lora_down import lora_down
 from qerl_compile.kernels.paged_attention import paged_decode
 
@@ -98,22 +98,27 @@ class Layer:
         return kept(linear(kept(F.silu(gate) * up), *self.down, x))
 
 
-@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("rows", [2, 8, 16])
 @pytest.mark.parametrize(("hidden", "inner"), [(3584, 18944), (5120, 27648)])
 @pytest.mark.parametrize("keep", [False, True], ids=["memory is reused", "every result has its own"])
-def test_layers_in_a_graph_give_the_bits_of_ordinary_launches_at_every_replay(hidden, inner, rows, keep):
+def test_layers_in_a_graph_give_the_bits_of_ordinary_launches_at_every_replay(hidden, inner, rows, keep, monkeypatch):
+    """One product more before them than four a layer where memory is reused: a replay then begins with the word full
+    by which the last one ended."""
+    seen, launch = [], lead_in.launch
+    monkeypatch.setattr(lead_in, "launch", lambda *args, **options: seen.append(launch(*args, **options)) or seen[-1])
     generator = torch.Generator("cuda").manual_seed(rows)
     layers = [Layer(generator, hidden, inner, rows) for _ in range(3)]
     table = torch.randperm(rows * 8, device="cuda").int().view(rows, 8)
     length = torch.randint(1, 500, (rows,), generator=generator, device="cuda").int()
     x = draw(generator, rows, hidden)
+    first = packed(generator, hidden, hidden, 32)
 
     def captured(linear, attention):
         """A graph, its result, and what lies between, where that is kept."""
         held = []
 
         def forward(kept=lambda tensor: tensor):
-            y = x
+            y = x if keep else kept(linear(x, *first))
             for layer in layers:
                 y = layer(y, table, length, kept, linear, attention)
             return y
@@ -127,6 +132,9 @@ def test_layers_in_a_graph_give_the_bits_of_ordinary_launches_at_every_replay(hi
 
     reference, want, _ = captured(one_by_one, ordinary_attention)
     graph, y, held = captured(cuda.adapted_linear, paged_decode)
+    calls = 4 * len(layers) + (not keep)
+    assert [lead.arriving > 0 for lead in seen[-calls:]] == [False] + [True] * (calls - 1)
+    assert not any(lead.arriving for lead in seen[:-calls])  # outside of a capture
     for turn in range(REPLAYS):
         x.copy_(draw(generator, rows, hidden))
         length.copy_(torch.randint(0 if turn % 2 else 1, 500, (rows,), generator=generator, device="cuda"))

@@ -3,11 +3,13 @@
 import re
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qerl_compile.kernels import lead_in, lora_down
+from qerl_compile.kernels.nvfp4_workspace import Arrivals, _Captured
 from tests.kernels.test_triton_lowering import disassemble
 
 # K, tokens, as fragments: the linears of Qwen2.5 in 7B and 32B at 2, 8 and 16 rows
@@ -75,6 +77,27 @@ def test_an_ordinary_launch_has_no_dependent_instructions_and_lowers_everywhere(
     for capability in (80, 90, 120):
         for fragments in (True, False):
             assert "griddepcontrol" not in lower(8, 3584, fragments, waits=False, capability=capability)[0].asm["ptx"]
+
+
+@pytest.mark.parametrize("fragments", [True, False])
+@pytest.mark.parametrize(("early", "triggers"), [(True, True), (False, True), (True, False)])
+def test_the_gemm_awaits_as_many_programs_as_reorder_and_count_themselves(fragments, early, triggers, monkeypatch):
+    launches = []
+    prepare = lambda kernel, **constants: lambda grid, *arguments: launches.append((grid, arguments, constants))  # noqa: E731
+    monkeypatch.setattr(lead_in, "prepare", prepare)
+    x, a = (torch.empty(rows, 5120, dtype=torch.bfloat16, device="meta") for rows in (8, 32))
+    words = torch.empty(4, dtype=torch.int32, device="meta")
+    capture = _Captured(1, words)
+    order = lead_in.Order(fragments, 8, x, 0, 0, Arrivals(words, 1, early, capture))
+    lead = lead_in.launch(x, a, order, None, 0, waits=True, triggers=triggers)
+    ((grid, arguments, constants),) = launches
+    given = dict(zip(lead_in.kernel.arg_names, arguments, strict=False))
+    tiles = 32 // min(16, constants["BR"]) * constants["SLICES"]
+    assert grid == (given["pieces"] + tiles,)
+    assert given["pieces"] > 0
+    assert lead.arriving == (given["pieces"] if early and triggers else 0)
+    assert given["arrival_at"] == lead.at == 1
+    assert capture.calls == 1
 
 
 def test_every_argument_goes_into_the_key_of_a_prepared_launch():

@@ -39,8 +39,8 @@ if nvfp4_arithmetic.GLUON:
         assert found.returncode == 0, found.stderr
         assert json.loads(found.stdout.replace("'", '"')) == {
             "nvfp4_dequantize": 1,
-            "nvfp4_wgmma": 6,  # four at 64 rows, gate/up and down with its residual at 2
-            "nvfp4_stream": 2,  # q/k/v and o at 2 rows
+            "nvfp4_wgmma": 5,  # four at 64 rows, and gate/up at 2
+            "nvfp4_stream": 3,  # q/k/v, o, and down with its residual, at 2 rows
             "nvfp4_permute": 3,
             "lead_in": 4,
             "lora_down": 2,

@@ -23,6 +23,16 @@ def test_tokens_use_the_smallest_bucket_that_holds_them():
     assert five == eight
 
 
+def test_an_adapter_has_choices_of_its_own_where_they_were_measured_and_else_those_of_forward():
+    table = dispatch._table((9, 0))
+    adapted, shape = table["adapted"]["5120x27648"], (5120, 27648)
+    found = [dispatch.choose("adapted", *shape, m, **H200) for m in (1, 2, 3, 8, 16)]
+    assert found == [adapted[bucket] for bucket in ("2", "2", "8", "8", "16")]
+    assert found[3] != dispatch.choose("forward", *shape, 8, **H200)
+    for other, m in ((shape, 17), ((3584, 3584), 8), ((4096, 4096), 8), ((40, 512), 3)):
+        assert dispatch.choose("adapted", *other, m, **H200) == dispatch.choose("forward", *other, m, **H200)
+
+
 def test_an_unknown_architecture_never_gets_the_hopper_kernel():
     for m in (1, 16, 64, 200, 5000):
         choice = dispatch.choose("forward", 27648, 5120, m, capability=(10, 0), multiprocessors=148)

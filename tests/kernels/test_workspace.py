@@ -21,18 +21,30 @@ def capture(monkeypatch):
     return state
 
 
+def launched():
+    call = workspace.arrivals(CUDA)
+    call.launched()
+    return call
+
+
+def test_a_call_that_failed_is_not_counted(capture):
+    launched()
+    failed, again = workspace.arrivals(CUDA), workspace.arrivals(CUDA)
+    assert (failed.at, failed.early) == (again.at, again.early) == (0, True)
+
+
 def test_calls_of_a_capture_use_two_words_in_turn_and_the_first_is_not_gone_by(capture):
-    calls = [workspace.arrivals(CUDA) for _ in range(4)]
+    calls = [launched() for _ in range(4)]
     assert [(call.at, call.early) for call in calls] == [(1, False), (0, True), (1, True), (0, True)]
     assert len({call.words.data_ptr() for call in calls}) == 1
 
 
 def test_each_capture_and_each_stream_begins_anew_with_words_of_its_own(capture):
-    first = [workspace.arrivals(CUDA) for _ in range(2)]
+    first = [launched() for _ in range(2)]
     capture["stream"] = 2
-    other_stream = workspace.arrivals(CUDA)
+    other_stream = launched()
     capture["stream"], capture["number"][1] = 1, 8
-    next_capture = workspace.arrivals(CUDA)
+    next_capture = launched()
     for call in (other_stream, next_capture):
         assert (call.at, call.early) == (1, False)
     words = {call.words.data_ptr() for call in (first[0], other_stream, next_capture)}

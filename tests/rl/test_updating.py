@@ -186,19 +186,24 @@ def test_without_memory_a_micro_batch_is_halved_until_it_fits_and_the_gradient_i
 
 
 @pytest.mark.parametrize(
-    ("settings", "do"),
+    ("settings", "shares_gpu", "do"),
     [
-        ({}, r"Set train\.recompute=true"),
-        ({"recompute": True}, r"Set train\.rollout_cache=freed"),
-        ({"recompute": True, "rollout_cache": "freed"}, r"Lower train\.max_new_tokens"),
+        ({}, True, r"Set train\.recompute=true"),
+        ({"recompute": True}, True, r"Set train\.rollout_cache=freed"),
+        ({"recompute": True, "rollout_cache": "freed"}, True, r"Lower train\.max_new_tokens"),
+        ({"recompute": True}, False, r"Lower train\.max_new_tokens"),
     ],
-    ids=["nothing", "recompute", "recompute, freed"],
+    ids=["nothing", "recompute", "recompute, freed", "another engine"],
 )
-def test_one_sequence_that_does_not_fit_ends_the_run_with_numbers_and_one_suggestion(monkeypatch, settings, do):
+def test_one_sequence_that_does_not_fit_ends_the_run_with_numbers_and_one_suggestion(
+    monkeypatch, settings, shares_gpu, do
+):
     trainer = trainer_with(**settings)
     experience = experience_of(trainer)
     out_of_memory_above(monkeypatch, rows=0)
     before = weights(trainer)
+    assert trainer.updater.shares_gpu  # our own engine
+    trainer.updater.shares_gpu = shares_gpu
     with pytest.raises(ModelError, match=rf"one sequence of 4 tokens; got CUDA out of memory.*{do}"):
         trainer.updater.update(1, experience)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))

@@ -113,7 +113,10 @@ class Verification:
         limit = self.budgets.merge_kl if self.merge else self.budgets.round_trip_kl
         to = "the model with its adapter" if self.merge else "the model in memory"
         kept, least = self.effect_kept, self.budgets.effect_kept
-        effect = [] if kept is None else [Check(EFFECT, f"{kept:.0%}", f"≥ {least:.0%}", kept >= least)]
+        effect: list[Check] = []
+        if kept is not None:
+            share = "none: the adapter does nothing" if math.isnan(kept) else f"{kept:.0%}"
+            effect = [Check(EFFECT, share, f"≥ {least:.0%}", kept >= least)]
         return [
             Check(f"KL to {to}", f"{found.kl:.2e} nats per token", f"≤ {limit:g}", found.kl <= limit),
             *effect,
