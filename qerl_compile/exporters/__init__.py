@@ -94,7 +94,7 @@ def export(
         base_name: what the model came from, for the card; default: what `load` or `transform` recorded.
         norms_in_base: for a model with trained norms: serving targets write them in the place of the base's, "peft"
             leaves them out. The two exports then belong together, and vLLM, which refuses norms in an adapter, can
-            serve them.
+            serve them. "onnx" has them in any case, with the adapter.
         **options: of the target. All serving targets: `activations` "16" or "4" (bits; 4 needs calibrated input
             scales), `kv_cache` "16" or "8" (8 needs calibrated scales), `shard_size_bytes`. "vllm" and "sglang":
             `format` "compressed-tensors" or "modelopt". "onnx": `runtime` and `adapter`, see `export_onnx`.
