@@ -76,8 +76,8 @@ def _add_stretches(
     part_ptr, y_ptr, pair, programs, used, rows,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """y of one kv head of one row, from its `used` partial results in order of position. Eight loads at a time."""
-    AT_ONCE: tl.constexpr = min(SP, 8)
+    """y of one kv head of one row, from its `used` partial results in order of position."""
+    AT_ONCE: tl.constexpr = 8  # loads in flight; one after the other each would wait for L2
     g, d, s = tl.arange(0, GS), tl.arange(0, DP), tl.arange(0, SP)
     ml_at, first = part_ptr + rows * D, pair * programs
     row_SG = (first + s[:, None]) * G + g[None, :]
