@@ -172,7 +172,7 @@ def test_a_prepared_launch_is_the_public_launch(monkeypatch):
     x = torch.randn(40, 2048, device="cuda").bfloat16()
     chosen = config(64)
     results = [run(x, weight, chosen) for _ in range(4)]
-    form = nvfp4_hopper._plan(40, 1536, 2048, 0, MULTIPROCESSORS, tuple(chosen.items())).launch
+    form = nvfp4_hopper._plan(40, 1536, 2048, 0, False, MULTIPROCESSORS, tuple(chosen.items())).launch
     print("\nprepared kinds of launch:", len([p for p in form.prepared.values() if p]), "waiting:", len(form.once))
     assert any(form.prepared.values())
     monkeypatch.setattr(launch_internals, "watched", lambda: True)
