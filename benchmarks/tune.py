@@ -69,6 +69,11 @@ class Weight:
         self.packed = codes, block
         self.decode_scale = global_scale.reciprocal()
 
+    @property
+    def ends_layer(self) -> bool:
+        """Whether it is a down projection, whose product is added to what its layer began with."""
+        return self.k > self.n
+
     @cached_property
     def adapter(self) -> tuple[Tensor, Tensor, Tensor]:
         """A [R, K], B [N, R], and something to add to y [16, N]."""
@@ -101,7 +106,7 @@ class Weight:
         """One product."""
         if direction == "adapted":
             a, b, residual = self.adapter
-            added = residual[: x.shape[0]] if self.k > self.n else None
+            added = residual[: x.shape[0]] if self.ends_layer else None
             packed = copy or self.packed
             return cuda.adapted_linear(x * 1, *packed, self.decode_scale, a, b, added, choice=choice)
         launch = cuda.linear if direction == "forward" else cuda.linear_dx
@@ -131,7 +136,7 @@ def expectation(weight: Weight, direction: str, x: Tensor) -> Tensor:
     if direction == "adapted":
         a, b, residual = weight.adapter
         y = rows.double() @ weight.exact_NK.T + (rows.double() @ a.double().T) @ b.double().T
-        return y + residual[: x.shape[0]].double() if weight.k > weight.n else y
+        return y + residual[: x.shape[0]].double() if weight.ends_layer else y
     if x.shape[0] <= 16:
         return rows.double() @ (weight.exact_NK.T if direction == "forward" else weight.exact_NK)
     return weight.call(direction, rows.contiguous(), dispatch.TWO_STEP).double()
@@ -202,7 +207,7 @@ def warm_up(cells: list[tuple[str, Weight, int, list[Choice]]]) -> None:
     for direction, weight, m, choices in cells:
         for choice in choices if len(choices) > 1 else ():
             rank = ADAPTERS[weight.n, weight.k] if direction == "adapted" else 0
-            residual = rank > 0 and weight.k > weight.n
+            residual = rank > 0 and weight.ends_layer
             key = (direction, candidates.form(choice), weight.n % 128, weight.k % 256, rank, residual)
             jobs.setdefault(key, precompile.Job(direction, weight.n, weight.k, m, choice, rank, residual))
     failures = precompile.precompile(list(jobs.values()))

@@ -20,7 +20,7 @@ Importing this costs nothing: Triton stays out until a kernel runs.
 """
 
 import json
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -55,6 +55,7 @@ MEDIUM = 1 << 25  # below, two-step wins from 512 tokens on
 _DX_SMALL = {"kernel": "dx", "BM": 64, "BK": 128, "BN": 64, "num_warps": 4, "num_stages": 4}
 
 
+@lru_cache(maxsize=4096)
 def choose(direction: str, n: int, k: int, m: int, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any]:
     """The kernel and its configuration.
 
@@ -67,7 +68,7 @@ def choose(direction: str, n: int, k: int, m: int, capability: tuple[int, int], 
         multiprocessors: of the device.
 
     Returns:
-        One of the choices listed at the top.
+        One of the choices listed at the top; shared between calls, not to be changed.
     """
     entry = _table(capability).get(direction, {}).get(f"{n}x{k}", {})
     bucket = next((name for name in entry if m <= int(name)), None)  # in ascending order

@@ -52,7 +52,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qerl_compile.kernels import lora_down, nvfp4_fragments, nvfp4_permute
 from qerl_compile.kernels.nvfp4_arithmetic import ASM
-from qerl_compile.kernels.nvfp4_workspace import Arrivals, flags
+from qerl_compile.kernels.nvfp4_workspace import arrivals, flags
 from qerl_compile.kernels.prepared_launch import prepare
 
 MOST_TOKENS = 16
@@ -105,7 +105,6 @@ class Order(NamedTuple):
         out: where to write it.
         counter_at: index of the GEMM's counters in its scratch.
         counters: how many to set to zero.
-        arrivals: where programs that reorder count themselves.
     """
 
     fragments: bool
@@ -113,7 +112,6 @@ class Order(NamedTuple):
     out: Tensor
     counter_at: int
     counters: int
-    arrivals: Arrivals
 
 
 class LeadIn(NamedTuple):
@@ -186,7 +184,7 @@ def launch(
     width = lanes(order.fragments, warps)
     fragments = nvfp4_fragments.programs_for(order.tokens, k, width)
     pieces = fragments if order.fragments else m * -(-k // (8 * width))
-    words, at, early, _ = order.arrivals
+    arrival = arrivals(x_MK.device)
     options: dict[str, Any] = {"launch_pdl": True} if waits else {}
     prepare(
         kernel, BM=form["BM"], BR=br, KS=form["KS"], STEPS=form["STEPS"], SLICES=slices, GROUPS=form["GROUPS"],
@@ -194,7 +192,7 @@ def launch(
         WAITS=waits, TRIGGERS=triggers, ASM=ASM, num_warps=warps, num_stages=form["num_stages"], **options,
     )(
         (pieces + r // br * slices,), x_MK, a_RK, h_MR, part, flag, order.out, scratch if order.counters else None,
-        words, m, r, k, x_MK.stride(0), a_RK.stride(0), order.counter_at, order.counters, pieces, at,
+        arrival.words, m, r, k, x_MK.stride(0), a_RK.stride(0), order.counter_at, order.counters, pieces, arrival.at,
     )  # fmt: skip
-    order.arrivals.launched()
-    return LeadIn(h_MR, words, at, pieces if early and triggers else 0)
+    arrival.launched()
+    return LeadIn(h_MR, arrival.words, arrival.at, pieces if arrival.early and triggers else 0)

@@ -48,7 +48,7 @@ from qerl_compile.kernels import lead_in, nvfp4_wgmma
 from qerl_compile.kernels.nvfp4_permute import permute, permuted_rows
 from qerl_compile.kernels.nvfp4_persistent import side_by_side, whole_and_shared
 from qerl_compile.kernels.nvfp4_wgmma_layouts import CODES_SMEM, TILE_K, X_SMEM
-from qerl_compile.kernels.nvfp4_workspace import arrivals, partial_sums, permuted, turn
+from qerl_compile.kernels.nvfp4_workspace import partial_sums, permuted, turn
 from qerl_compile.kernels.prepared_launch import Box, BoxKind, prepare
 
 __all__ = ["linear", "room_for_lora"]
@@ -166,7 +166,7 @@ def linear(
         else:
             offset = lead_in.behind(used)
             part = partial_sums(device, offset + lead_in.sums(m, rank, k))
-            order = lead_in.Order(False, tokens, x, plan.partial, plan.counters, arrivals(device))
+            order = lead_in.Order(False, tokens, x, plan.partial, plan.counters)
             waits, triggers = dependent in (1, 3), dependent > 0
             lead = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=waits, triggers=triggers)
             h_MR, *arrival = lead

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qerl_compile.kernels import lead_in, nvfp4_stream
 from qerl_compile.kernels.nvfp4_fragments import fragments, room
-from qerl_compile.kernels.nvfp4_workspace import arrivals, partial_sums, turn
+from qerl_compile.kernels.nvfp4_workspace import partial_sums, turn
 from qerl_compile.kernels.prepared_launch import prepare
 
 __all__ = ["linear", "reads_in_order", "supports"]
@@ -93,7 +93,7 @@ def linear(
             offset = lead_in.behind(sums + tickets)
             part = partial_sums(x_MK.device, offset + lead_in.sums(m, rank, k))
             x = x_MK.new_empty(*room(tokens, k))
-            order = lead_in.Order(True, tokens, x, sums, tickets, arrivals(x_MK.device))
+            order = lead_in.Order(True, tokens, x, sums, tickets)
             lead = lead_in.launch(x_MK, lora_A_RK, order, part, offset, waits=dependent, triggers=dependent)
             h_MR, *arrival = lead
         elif slices > 1:

@@ -46,12 +46,13 @@ _HELD: dict[Place, tuple[object, ...]] = {}
 _ARRIVALS: dict[Place, Tensor] = {}
 _CAPTURES: dict[Place, "_Captured"] = {}  # the last capture on each (device, stream)
 _SPARES: dict[int, list[Tensor]] = {}  # device -> sets of counters for the next captures
-_TAKEN: list[Tensor] = []  # sets that captured graphs use
+_TAKEN: list[Tensor] = []  # flags that captured graphs use
 _TURNS: dict[Place, threading.Lock] = {}
 
 MIN_PARTIAL = 1 << 20
 MIN_FLAGS = 1 << 14
-SPARE_FLAGS = 1 << 12  # of which the last four, aligned as the first, are for arrivals
+SPARE_FLAGS = 1 << 12
+ARRIVAL_WORDS = 4  # of those, the last: two, and as many as keep them aligned like the first
 SPARES = 64
 PERMUTED_ROWS = 1 << 16  # of 128 bytes: 8 MB; above, one allocation costs nothing beside the kernel
 
@@ -61,7 +62,8 @@ class _Captured:
     """A capture, by the driver's number, and what belongs to it."""
 
     number: int
-    words: Tensor  # int32 [SPARE_FLAGS]
+    flags: Tensor
+    arrivals: Tensor
     calls: int = 0  # that were launched with arrivals
 
 
@@ -178,8 +180,8 @@ def flags(device: torch.device, count: int) -> Tensor:
     """int32 [>= count], all zero, to be left all zero."""
     place = _place(device)
     if place is None:
-        capture = _capture(_here(device)) if device.type == "cuda" and count <= SPARE_FLAGS - 4 else None
-        return torch.zeros(count, dtype=torch.int32, device=device) if capture is None else capture.words[:-4]
+        capture = _capture(_here(device)) if device.type == "cuda" and count <= SPARE_FLAGS - ARRIVAL_WORDS else None
+        return torch.zeros(count, dtype=torch.int32, device=device) if capture is None else capture.flags
     held = _FLAGS.get(place)
     if held is None or held.numel() < count:
         held = _FLAGS[place] = _lasting(max(count, MIN_FLAGS), torch.int32, place).zero_()
@@ -208,7 +210,7 @@ def arrivals(device: torch.device) -> Arrivals:
     capture = _capture(_here(device)) if device.type == "cuda" else None
     if capture is None:
         return Arrivals(torch.empty(2, dtype=torch.int32, device=device), 0, early=False)
-    return Arrivals(capture.words[-4:], (capture.calls + 1) % 2, early=capture.calls > 0, capture=capture)
+    return Arrivals(capture.arrivals, (capture.calls + 1) % 2, early=capture.calls > 0, capture=capture)
 
 
 def _capture(here: Place) -> _Captured | None:
@@ -222,9 +224,9 @@ def _capture(here: Place) -> _Captured | None:
     spares = _SPARES.get(here[0])
     if not spares:
         return None
-    words = spares.pop()
-    _TAKEN.append(words)
-    _CAPTURES[here] = captured = _Captured(number, words)
+    flags, words = spares.pop().split((SPARE_FLAGS - ARRIVAL_WORDS, ARRIVAL_WORDS))
+    _TAKEN.append(flags)  # a view: all of it stays
+    _CAPTURES[here] = captured = _Captured(number, flags, words)
     return captured
 
 

@@ -71,7 +71,8 @@ for m, r, k, form in (
             memory = torch.full((offset + lead_in.sums(m, r, k) + 8,), float("nan"))
             at = counters // 300
             words = torch.tensor([5, 0] if at else [0, 5], dtype=torch.int32)
-            order = lead_in.Order(fragments, tokens, out, 40, counters, Arrivals(words, at, early=True))
+            order = lead_in.Order(fragments, tokens, out, 40, counters)
+            lead_in.arrivals = lambda device, words=words, at=at: Arrivals(words, at, early=True)
             h, arrivals, _, arriving = lead_in.launch(x, a, order, memory, offset, waits=False, triggers=False)
             width = lead_in.lanes(fragments, 1)
             pieces = nvfp4_fragments.programs_for(tokens, k, width) if fragments else m * -(-k // (8 * width))

@@ -87,8 +87,9 @@ def test_the_gemm_awaits_as_many_programs_as_reorder_and_count_themselves(fragme
     monkeypatch.setattr(lead_in, "prepare", prepare)
     x, a = (torch.empty(rows, 5120, dtype=torch.bfloat16, device="meta") for rows in (8, 32))
     words = torch.empty(4, dtype=torch.int32, device="meta")
-    capture = _Captured(1, words)
-    order = lead_in.Order(fragments, 8, x, 0, 0, Arrivals(words, 1, early, capture))
+    capture = _Captured(1, words, words)
+    monkeypatch.setattr(lead_in, "arrivals", lambda device: Arrivals(words, 1, early, capture))
+    order = lead_in.Order(fragments, 8, x, 0, 0)
     lead = lead_in.launch(x, a, order, None, 0, waits=True, triggers=triggers)
     ((grid, arguments, constants),) = launches
     given = dict(zip(lead_in.kernel.arg_names, arguments, strict=False))
