@@ -1,27 +1,28 @@
 """What a layer of packed experts costs on a GPU, beside its dense form: one grouped product each way, per token count.
 
-    python benchmarks/moe_layer.py [OUT.json]        needs a GPU; Qwen3-30B-A3B's gate/up stack by default
+    python -m benchmarks.moe_layer COMMIT [OUT.json]        needs a GPU; Qwen3-30B-A3B's gate/up stack
 
 `packed` is `qerl::grouped_quantized_linear`: decode all experts into a scratch, then torch's grouped GEMM. `dense` is
 the same GEMM on a bfloat16 stack that is kept, which takes 3.6 times the memory. `floor` is the time to read what a
-kernel that decodes as it multiplies would have to read: packed bytes of the experts that have rows, at the memory
-bandwidth given. Rows are drawn with equal chances for every expert. Times are medians over CUDA events.
+kernel that decodes as it multiplies would have to read: packed bytes of the experts that have rows, at the bandwidth
+of a copy, measured before. Rows are drawn with equal chances for every expert. Times are medians over CUDA events.
 """
 
 import json
 import statistics
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from benchmarks.gpu_timing import GpuClock, ceilings
 from qerl_compile.kernels.grouped import grouped_quantized_linear, grouped_quantized_linear_dx
 
 EXPERTS, TOP_K, ROWS, COLUMNS = 128, 8, 1536, 2048
 TOKENS = (1, 8, 64, 512, 4096, 16384)
-BANDWIDTH = 4.8e12  # bytes/s, H200 data sheet; 3.35e12 on an H100 SXM
 REPEATS = 20
 
 
@@ -39,7 +40,9 @@ def milliseconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def main(out: Path | None) -> None:
+def main(commit: str, out: Path | None) -> None:
+    copy_tb_per_s = ceilings(GpuClock())["copy_tb_per_s"]
+    torch.cuda.empty_cache()
     torch.manual_seed(0)
     device = torch.device("cuda")
     codes = torch.randint(0, 256, (EXPERTS, ROWS, COLUMNS // 2), dtype=torch.uint8, device=device)
@@ -67,7 +70,7 @@ def main(out: Path | None) -> None:
             "packed_dx_ms": milliseconds(lambda: grouped_quantized_linear_dx(dy_SN, offsets, *packed)),  # noqa: B023
             "dense_ms": milliseconds(lambda: F.grouped_mm(x_SK, dense_ENK.transpose(-2, -1), offs=offsets)),  # noqa: B023
             "dense_dx_ms": milliseconds(lambda: F.grouped_mm(dy_SN, dense_ENK, offs=offsets)),  # noqa: B023
-            "floor_ms": used * packed_bytes / BANDWIDTH * 1e3,
+            "floor_ms": used * packed_bytes / copy_tb_per_s * 1e-9,
             "scratch_bytes": scratch,
         }
         lines.append(line)
@@ -75,6 +78,9 @@ def main(out: Path | None) -> None:
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "copy_tb_per_s": copy_tb_per_s,
         "stack": [EXPERTS, ROWS, COLUMNS],
         "top_k": TOP_K,
         "packed_stack_bytes": codes.numel() + blocks.numel(),
@@ -85,4 +91,4 @@ def main(out: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    main(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None)

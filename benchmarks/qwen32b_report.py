@@ -11,6 +11,11 @@ from benchmarks.qwen32b_rows import GB, read, table
 LIMIT_GB = 75
 # QeRL's own table for 32B on an H100, prompts of 256 tokens and at most 2048 new ones (design/method.md).
 QERL_STEP_S = {2: 10.6, 8: 12.2}
+STEP_KEYS = ("size", "recipe", "rows", "prompt_tokens", "recompute", "settings")
+NAMED_SETTINGS = (
+    "optimizer",
+    "rollout_cache",
+)  # told beside the recipe where a run did not leave them at their default
 
 Rows = list[dict[str, Any]]
 
@@ -51,14 +56,19 @@ def _provenance(rows: Rows) -> list[str]:
 
 def _newest(rows: Iterable[dict[str, Any]], *keys: str) -> Rows:
     """The last row of each kind, in the order of their first."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
-        found[tuple(row[key] for key in keys)] = row
+        found[tuple(str(row[key]) for key in keys)] = row
     return list(found.values())
 
 
 def _kind(row: dict[str, Any]) -> tuple[Any, ...]:
     return (row["size"], row["rows"], row["new"], row["micro_batch_tokens"], row["recompute"])
+
+
+def _recipe(row: dict[str, Any]) -> str:
+    """Its name, and settings that change what a step is."""
+    return ", ".join([row["recipe"], *(row["settings"][key] for key in NAMED_SETTINGS if key in row["settings"])])
 
 
 def _sorted(rows: Rows) -> Rows:
@@ -67,8 +77,7 @@ def _sorted(rows: Rows) -> Rows:
 
 def steps(rows: Rows) -> list[str]:
     """GRPO steps, and what was predicted for them."""
-    keys = ("size", "recipe", "prompts", "rows", "new", "micro_batch_tokens", "recompute")
-    rows = _sorted(_newest(rows, *keys))
+    rows = _sorted(_newest(rows, *STEP_KEYS))
     dense = {_kind(row): row for row in rows if row["recipe"] == "bf16"}
     lines = []
     for row in rows:
@@ -76,7 +85,7 @@ def steps(rows: Rows) -> list[str]:
         peak = max(row["peak_bytes"].values()) / GB
         lines.append(
             [
-                row["size"], row["recipe"], f"{row['prompts']} x {row['rows'] // row['prompts']}",
+                row["size"], _recipe(row), f"{row['prompts']} x {row['rows'] // row['prompts']}",
                 f"{row['prompt_tokens']} / {row['new']}", f"{row['rollout_s']:.2f}",
                 f"{row['logprob_s']:.2f}" if "logprob_s" in row else "–", f"{row['update_s']:.2f}",
                 f"**{row['total_s']:.2f}**", f"{other['total_s'] / row['total_s']:.2f}" if other else "–",
@@ -117,7 +126,7 @@ def predictions(rows: Rows) -> list[str]:
         pairs = [(row["predicted_bytes"][name], row["peak_bytes"][name]) for name in PEAKS]
         ratios += [guess / size for guess, size in pairs if size]
         lines.append(
-            [row["size"], row["recipe"], f"{row['rows']} x {row['new']}"]
+            [row["size"], _recipe(row), f"{row['rows']} x {row['new']}"]
             + [
                 f"{guess / GB:.2f} / {size / GB:.2f} ({f'{guess / size:.2f}' if size else '–'})"
                 for guess, size in pairs
@@ -154,15 +163,14 @@ def profiles(rows: Rows) -> list[str]:
         "",
     ]
     lines = []
-    keys = ("size", "recipe", "prompts", "rows", "new", "micro_batch_tokens", "recompute")
-    for row in _sorted(_newest(rows, *keys)):
+    for row in _sorted(_newest(rows, *STEP_KEYS)):
         cells = []
         for name in PHASES:
             seconds, floor = row["phases_s"][name], row["floors_s"][name]
             times = f" ({seconds / floor:.1f}x)" if floor else ""
             cells.append(f"{seconds:.3f}, {seconds / row['total_s']:.0%}{times}")
         whole = f"**{row['total_s']:.2f}** ({row['total_s'] / sum(row['floors_s'].values()):.1f}x)"
-        lines.append([row["size"], row["recipe"], f"{row['rows']} x {row['new']}", whole, *cells])
+        lines.append([row["size"], _recipe(row), f"{row['rows']} x {row['new']}", whole, *cells])
     return out + table(["model", "recipe", "sequences", "step", *PHASES], lines)
 
 

@@ -106,8 +106,9 @@ def test_rows_are_in_the_file_one_by_one(tmp_path: Any, capsys: pytest.CaptureFi
 def grpo_row(recipe: str, total_s: float, peak: float) -> dict[str, Any]:
     return {
         **ABOUT, "part": "grpo", "size": "32B", "recipe": recipe, "prompts": 1, "rows": 8, "prompt_tokens": 256,
-        "new": 2048, "micro_batch_tokens": 4608, "recompute": True, "total_s": total_s, "rollout_s": 20.0,
-        "update_s": 4.0, "tokens_per_s": 700.0, "peak_bytes": {"after_load": 21e9, "rollout": 30e9, "update": peak},
+        "new": 2048, "micro_batch_tokens": 4608, "recompute": True, "settings": {}, "total_s": total_s,
+        "rollout_s": 20.0, "update_s": 4.0, "tokens_per_s": 700.0,
+        "peak_bytes": {"after_load": 21e9, "rollout": 30e9, "update": peak},
         "predicted_bytes": {"after_load": 21e9, "rollout": 33e9, "update": 0.95 * peak},
         "phases_s": dict.fromkeys(PHASES, total_s / 7), "floors_s": {**dict.fromkeys(PHASES, 1.0), "host, rest": 0.0},
     }  # fmt: skip
@@ -124,6 +125,14 @@ def test_the_page_says_ratio_peak_prediction_and_distance() -> None:
     assert "Ratios from 0.95 to 1.10." in text
     assert "**28.00** (4.7x)" in text  # six floors of a second
     assert "4.000, 14% (4.0x)" in text
+
+
+def test_the_page_keeps_and_names_a_run_with_other_settings() -> None:
+    other = grpo_row("nvfp4", 31.0, 38e9) | {"settings": {"optimizer": "adamw_8bit", "rollout_cache": "freed"}}
+    text = "\n".join(page([grpo_row("nvfp4", 28.0, 40e9), other]))
+    assert "| nvfp4 | 1 x 8" in text
+    assert "| nvfp4, adamw_8bit, freed | 1 x 8" in text
+    assert "| nvfp4, adamw_8bit, freed | 8 x 2048 | 21.00" in text
 
 
 def test_the_page_names_what_ran_out_of_memory_and_how_much_slower_the_rest_is() -> None:
