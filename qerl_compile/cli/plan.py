@@ -1,4 +1,4 @@
-"""`qerl-compile plan MODEL --recipe R`: what a run will take of a GPU, before a weight is read.
+"""`qerl-compile plan MODEL [RECIPE]`: what a run will take of a GPU, before a weight is read.
 
 One screen: the layers and what is done to them, what each part takes in rollout and update, and both peaks beside the
 GPU's size. Exit code 1 if it does not fit; the last line then names the one setting with which it does.
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from qerl_compile.recipe import Recipe
     from qerl_compile.rl.footprint import Footprint
 
+DEFAULT_RECIPE = "qerl-nvfp4-aqn"
+
+RecipeToo = Annotated[str | None, typer.Argument(metavar="RECIPE", help="The same as --recipe.", show_default=False)]
 GpuGib = Annotated[
     float | None, typer.Option("--gpu-gib", help="Memory of the GPU, GiB; default: of the present one.", min=0.1)
 ]
@@ -35,7 +38,8 @@ PARTS = (
 
 def plan(
     model: Model,
-    recipe: RecipeName = "qerl-nvfp4-aqn",
+    recipe_too: RecipeToo = None,
+    recipe: RecipeName = DEFAULT_RECIPE,
     set_: Sets = [],  # noqa: B006  # typer wants a list literal
     gpu_gib: GpuGib = None,
     prompt_tokens: PromptTokens = 256,
@@ -46,8 +50,13 @@ def plan(
 
     quiet_libraries()
     from qerl_compile.cli.hints import train_command
+    from qerl_compile.errors import RecipeError
     from qerl_compile.recipe import Recipe
 
+    if recipe_too is not None and recipe not in (DEFAULT_RECIPE, recipe_too):
+        got = f"{recipe_too!r} after the model and {recipe!r}"
+        raise RecipeError(where="--recipe", expected="one recipe", got=got, do="Name one of them.")
+    recipe = recipe_too or recipe
     rules, then = Recipe.resolve(recipe).with_overrides(set_), train_command(model, recipe, set_)
     raise typer.Exit(show_plan(model, rules, then=then, gpu_gib=gpu_gib, prompt_tokens=prompt_tokens, json_=json_))
 

@@ -80,6 +80,20 @@ def test_a_faulty_recipe_is_refused_before_anything_is_planned(world):
     assert "train.group_size" in refusal("plan", world / "base", "--set", "train.group_size=1")
 
 
+def test_the_recipe_may_follow_the_model(world):
+    found = command("plan", world / "base", "nvfp4-lora", *SETTINGS, "--gpu-gib", "80")
+    assert found.code == 0, (found.text, found.fault)
+    assert "recipe nvfp4-lora:" in found.text
+    words = next_command(found.text)
+    assert words[words.index("--recipe") + 1] == "nvfp4-lora"
+
+
+def test_two_recipes_are_refused(world):
+    said = refusal("plan", world / "base", "nvfp4-lora", "--recipe", "bf16-lora")
+    assert "'nvfp4-lora'" in said
+    assert "'bf16-lora'" in said
+
+
 def test_train_with_plan_predicts_prints_the_command_without_it_and_writes_nothing(world, monkeypatch):
     settings = SETTINGS[: SETTINGS.index("--prompt-tokens")]
     task = ["--task", f"{world}/sums.jsonl:held_out=0.3"]
