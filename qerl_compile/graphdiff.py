@@ -1,9 +1,9 @@
 """Graphs as stable text, and the difference that a pass makes.
 
-A line per node: FX name, dtype and shape, operation, arguments. No device, path or object id appears, and symbolic
-sizes are renamed d0, d1, … in order of appearance, so that the text is the same in every process. A golden is the
-unified diff of one pass with no context lines: only what the pass did, so that wording changes elsewhere do not touch
-it.
+A line per node: FX name, dtype and shape, operation, arguments, and the tag of a node that backward computes again. No
+device, path or object id appears, and symbolic sizes are renamed d0, d1, … in order of appearance, so that the text is
+the same in every process. A golden is the unified diff of one pass with no context lines: only what the pass did, so
+that wording changes elsewhere do not touch it.
 """
 
 import difflib
@@ -45,6 +45,8 @@ def _line(node: fx.Node, is_weight: bool, symbols: dict[str, str]) -> str:
         keywords = [f"{key}={_plain(arg)}" for key, arg in node.kwargs.items() if key != "device"]
         arguments = ", ".join([*map(_plain, node.args), *keywords])
         text = f"return {arguments}" if node.op == "output" else f"{typed} = {_operation(node)}({arguments})"
+    if "recompute" in node.meta:
+        text += f"  # {node.meta['recompute'].name}, region {node.meta['ac_graph_id']}"
     return re.sub(r"\bs\d+\b", lambda found: _rename(found[0], symbols), text)
 
 

@@ -49,6 +49,23 @@ def tiny_model(
     return model.to(dtype)
 
 
+def tiny_mixture(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A Qwen3-MoE of four experts, two a token, with random weights."""
+    import transformers
+
+    sizes = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**{**SIZES, **sizes, **changes})
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.mul_(5)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # not model.to: rotary frequencies stay float32
+    return model
+
+
 def dequantized_oracle(model: Any, plan: Any) -> Any:
     """A plain copy of a dense `model` whose planned linears hold the values of their packed form."""
     import copy

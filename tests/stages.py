@@ -11,15 +11,26 @@ from qerl_compile.inspection import layer_stages
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl.rollout.cache import CacheShape, DecodeView, PagedCache, paged_attention
 from qerl_compile.stacked_adapters import attach_stacked_adapters
-from tests.models import tiny_model
+from tests.models import tiny_mixture, tiny_model
 from tests.pages import Pages
+
+MIXTURE = "qwen3moe"
 
 
 @functools.cache
 def stages(family: str) -> dict[str, str]:
-    """`{stage: graph text}` of layer 0 in bf16 under the recipe of the paper, from "capture" to "quantize"."""
+    """`{stage: graph text}` of layer 0 in bf16 under the recipe of the paper, from "capture" to "recompute"."""
     with torch.device("meta"):
         model = tiny_model(family, layers=1, dtype=torch.bfloat16)
+    return dict(layer_stages(model, Recipe.named("qerl-nvfp4-aqn"), recompute=True))
+
+
+@functools.cache
+def mixture_stages(family: str) -> dict[str, str]:
+    """The same of a mixture of experts, to "experts"."""
+    assert family == MIXTURE
+    with torch.device("meta"):
+        model = tiny_mixture(torch.bfloat16, num_hidden_layers=1)
     return dict(layer_stages(model, Recipe.named("qerl-nvfp4-aqn")))
 
 
@@ -80,10 +91,11 @@ def _decode(model: Any) -> None:
 
 
 def pass_diff(family: str, name: str) -> str:
-    """The unified diff of what one pass did to the layer, without context and line numbers."""
-    chosen = {"adapt": rollout_stages, "rotary": decode_stages, "trainednorms": trained_norm_stages}
+    """The unified diff of what one pass did to the layer, without context and line numbers, or "nothing"."""
+    chosen = {"adapt": rollout_stages, "trainednorms": trained_norm_stages, "experts": mixture_stages}
+    chosen |= dict.fromkeys(("residual", "rotary"), decode_stages)
     chosen |= dict.fromkeys(("fakequantize", "sparsify"), trained_weight_stages)
     texts = chosen.get(name, stages)(family)
     before = list(texts)[list(texts).index(name) - 1]
     lines = diff(texts[before], texts[name])
-    return "".join(f"{'@@' if line.startswith('@@') else line}\n" for line in lines)
+    return "".join(f"{'@@' if line.startswith('@@') else line}\n" for line in lines) or "nothing\n"

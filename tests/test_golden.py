@@ -14,18 +14,24 @@ import pytest
 import torch
 import transformers
 
+import qerl_compile.passes
 from tests.models import FAMILIES
-from tests.stages import pass_diff, stages
+from tests.stages import MIXTURE, pass_diff, stages
 
 GOLDEN = Path(__file__).parent / "golden"
-PASSES = ("trainednorms", "noise", "lora", "fuse", "quantize", "fakequantize", "sparsify", "adapt", "rotary")
+PASSES = (
+    *("trainednorms", "noise", "lora", "fuse", "quantize", "fakequantize", "sparsify", "recompute"),
+    *("adapt", "residual", "rotary"),
+)
+CASES = [*((family, name) for family in FAMILIES for name in PASSES), (MIXTURE, "experts")]
+HELPERS = {"init", "quantizesite", "widen"}
+"""Modules of the folder that are no pass in themselves."""
 PINNED = torch.__version__.startswith("2.13.") and transformers.__version__.startswith("5.23.")
 HINT = "The graph changed. If that was meant, run QERL_ACCEPT=1 pytest tests/test_golden.py and review the files."
 
 if PINNED:
 
-    @pytest.mark.parametrize("family", FAMILIES)
-    @pytest.mark.parametrize("name", PASSES)
+    @pytest.mark.parametrize(("family", "name"), CASES)
     def test_the_diff_of_a_pass_is_the_golden_one(family, name):
         file = GOLDEN / f"{family}-{name}.txt"
         got = pass_diff(family, name)
@@ -36,7 +42,12 @@ if PINNED:
 
 
 def test_there_is_one_golden_file_per_family_and_pass():
-    assert {file.name for file in GOLDEN.iterdir()} == {f"{f}-{name}.txt" for f in FAMILIES for name in PASSES}
+    assert {file.name for file in GOLDEN.iterdir()} == {f"{family}-{name}.txt" for family, name in CASES}
+
+
+def test_every_pass_has_golden_files():
+    passes = {path.stem.replace("_", "") for path in Path(qerl_compile.passes.__path__[0]).glob("*.py")}
+    assert passes - HELPERS == {name for _, name in CASES}
 
 
 def test_no_golden_file_names_a_device_an_address_or_a_path():

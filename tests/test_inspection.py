@@ -17,7 +17,7 @@ def empty(layers=1, **changes):
 
 
 def test_stages_come_in_the_order_of_the_passes():
-    assert list(stages("llama")) == ["capture", "noise", "lora", "fuse", "quantize"]
+    assert list(stages("llama")) == ["capture", "noise", "lora", "fuse", "quantize", "recompute"]
 
 
 def test_every_pass_of_the_papers_recipe_changes_the_layer():
@@ -31,10 +31,14 @@ def test_without_rules_nothing_changes():
     assert len(set(texts)) == 1
 
 
-def test_recompute_is_a_last_stage_that_changes_no_text():
+def test_recompute_is_a_last_stage_that_tags_every_call_and_changes_nothing_else():
     got = layer_stages(empty(), Recipe.resolve({"lora": [{"match": ".*q_proj", "rank": 4}]}), recompute=True)
     assert got[-1][0] == "recompute"
-    assert got[-1][1] == got[-2][1]
+    before, after = (got[at][1].splitlines() for at in (-2, -1))
+    tag = "  # PREFER_RECOMPUTE, region 0"
+    assert [line.removesuffix(tag) for line in after] == before
+    untagged = [line for line in after if not line.endswith(tag)]
+    assert all(line.endswith("= input") or "= weight" in line or line.startswith("return") for line in untagged)
 
 
 def test_the_text_is_what_a_transformed_model_compiles():

@@ -24,27 +24,13 @@ from qerl_compile.plan import make_plan
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl.rollout.paged import PagedSampler
 from qerl_compile.rl.rollout.types import Sampling
-from tests.models import LONG, SIZES
+from tests.models import LONG, SIZES, tiny_mixture
 
 IDS = torch.tensor([[5, 9, 17, 33, 2, 8, 99], [7, 100, 3, 4, 60, 61, 62]])
 RECIPE = "qerl-nvfp4-aqn"
 ATTENTION = r".*self_attn\.\w+_proj"
 EXPERTS = r".*\.experts\.\d+\.\w+_proj"
 STACKS = [f"model.layers.{layer}.mlp.experts.{leaf}" for layer in (0, 1) for leaf in ("gate_up_proj", "down_proj")]
-
-
-def tiny_mixture(dtype=torch.float32, **changes):
-    sizes = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(**{**SIZES, **sizes, **changes})
-    model = transformers.Qwen3MoeForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "embed" not in name:
-                parameter.mul_(5)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # not model.to: rotary frequencies stay float32
-    return model
 
 
 def oracle_of(model, dense):

@@ -1,7 +1,7 @@
 import json
 
 from tests.cli.conftest import next_command, refusal, succeed, tiny
-from tests.test_moe import tiny_mixture
+from tests.models import tiny_mixture
 from tests.tokenizer import byte_tokenizer
 
 
