@@ -15,19 +15,23 @@ is).
 
 Caches. What Inductor and AOTAutograd make of a graph is kept on disk by torch (TORCHINDUCTOR_CACHE_DIR), and a second
 process finds all of it: every node that our passes insert is of a kind that torch calls cacheable. Their key is the
-text of the graph, and what stands in a node's metadata is not in the text. Activation checkpointing is metadata
-(passes/recompute.py), so `lower` puts it into the key; without, a process that asks for recomputation would be handed
-the graph of one that did not, and the other way round, with no word said and the memory of the other.
+text of the graph, so what else decides goes into it by `lower`, or a process would be handed another's graph with no
+word said:
+- what stands in a node's metadata. Activation checkpointing is metadata (passes/recompute.py).
+- the gradients of our operators, which AOTAutograd writes into the graphs that it keeps. The key has the sources of
+  kernels/, where they are defined: a formula that was mended reaches those whose cache is warm.
 
 What this module does not do: decide what is rewritten (plan.py), or where graphs begin and end (region_calls.py).
 """
 
+import functools
 import hashlib
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +39,7 @@ from torch import Tensor, fx
 from torch._guards import TracingContext
 from torch.compiler import config as compiler_config
 
+from qerl_compile import kernels
 from qerl_compile.errors import RecipeError
 from qerl_compile.graph import Program, bind, gather, linear_parts, unlift
 from qerl_compile.graphdiff import graph_text
@@ -96,21 +101,29 @@ def lower(gm: fx.GraphModule, program: Program, example_inputs: Sequence[Any], i
             else value
             for value in gather(feeds, example_inputs)
         ]
-        with _metadata_in_cache_keys(program.graph):
+        with _in_cache_keys(program.graph):
             compiled = torch._dynamo.lookup_backend(inner)(module, inputs)
     if all(leaf is None for _, leaf in feeds) and [index for index, _ in feeds] == list(range(len(example_inputs))):
         return compiled
     return lambda *args: compiled(*gather(feeds, args))
 
 
-def _metadata_in_cache_keys(graph: fx.Graph) -> AbstractContextManager[Any]:
-    """Let torch's keys of cached graphs tell apart graphs that differ only in what is computed again."""
+def _in_cache_keys(graph: fx.Graph) -> AbstractContextManager[Any]:
+    """Let torch's keys of cached graphs tell apart what the text of a graph does not; see the essay."""
     kept = [node for node in graph.nodes if "recompute" in node.meta]
-    if not kept:
-        return nullcontext()
     said = "\n".join(f"{node.name} {node.meta['recompute'].name} {node.meta.get('ac_graph_id')}" for node in kept)
-    tag = f"{compiler_config.cache_key_tag}recompute {hashlib.sha256(said.encode()).hexdigest()}"
+    again = f" recompute {hashlib.sha256(said.encode()).hexdigest()}" if kept else ""
+    tag = f"{compiler_config.cache_key_tag}qerl {_operators()}{again}"
     return compiler_config.patch(cache_key_tag=tag)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def _operators() -> str:
+    """Return a digest of the sources that define our operators and their gradients."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 _MODULE_STEP = re.compile(r"\['([^']+)'\]")

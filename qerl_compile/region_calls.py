@@ -20,6 +20,10 @@ so the first layer's input would need none and every other layer's one: two grap
 does. In training the first layer's input is therefore a leaf that needs a gradient, and nobody reads it. That is one
 layer's dx through norm and q/k/v too many, and one [B, T, D] of gradient; a graph of a layer takes ten seconds.
 
+*Which weights train chooses the graph.* Adapters enter a graph after Dynamo (`gather`), so it has no guard on whether
+they need gradients, and AOTAutograd settles that when it compiles. Frozen then and thawed later, an adapter would get
+no gradient and nobody would hear of it. So there are graphs for each pattern of `requires_grad` within a region.
+
 *Batch and length are marked dynamic* (`maybe_mark_dynamic`) on the way in, so that the first call already compiles
 for all lengths. `dynamic=True` would also turn module floats such as eps into inputs (design/compiler.md, rule R6).
 
@@ -129,12 +133,33 @@ def compile_regions(model: nn.Module, state: "TransformState") -> None:
         region._compiled_call_impl = _RegionCall(region, graphs[kind], index)
 
 
+class _ByGradients:
+    """A compiled call for each pattern of which parameters need gradients; calls without gradients share the first."""
+
+    def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
+        self.make, self.first = make, make()
+        self.calls: dict[tuple[bool, ...], Callable[..., Any]] = {}
+
+    def of(self, needs_gradient: tuple[bool, ...]) -> Callable[..., Any]:
+        """Return the call for a pattern, empty where gradients are off."""
+        if not needs_gradient:
+            return self.first
+        if needs_gradient not in self.calls:
+            self.calls[needs_gradient] = self.make() if self.calls else self.first
+        return self.calls[needs_gradient]
+
+
+def _needs_gradient(module: nn.Module) -> tuple[bool, ...]:
+    """Return `requires_grad` of every parameter of a module, or nothing where gradients are off."""
+    return tuple(parameter.requires_grad for parameter in module.parameters()) if torch.is_grad_enabled() else ()
+
+
 class _KindGraphs:
     """What the regions of one kind share: compiled calls for training, and for rollouts once there is one."""
 
     def __init__(self, model: nn.Module, state: "TransformState") -> None:
         self.model, self.state = model, state
-        self.training = self._compiled(passes_for(state))
+        self.training = _ByGradients(lambda: self._compiled(passes_for(state)))
 
     @functools.cached_property
     def rollout(self) -> Callable[..., Any]:
@@ -149,10 +174,14 @@ class _KindGraphs:
 
 def compile_whole(model: nn.Module, state: "TransformState") -> Callable[..., Any]:
     """Return the model's forward as one graph, for calls that carry a cache."""
-    compiler = GraphCompiler(passes_for(state), lambda: named_tensors(model), state.inner)
-    state.compilers.append(compiler)
-    compiled = isolated(_call_forward, compiler)
-    return lambda *args, **kwargs: compiled(model, *args, **kwargs)
+
+    def make() -> Callable[..., Any]:
+        compiler = GraphCompiler(passes_for(state), lambda: named_tensors(model), state.inner)
+        state.compilers.append(compiler)
+        return isolated(_call_forward, compiler)
+
+    calls = _ByGradients(make)
+    return lambda *args, **kwargs: calls.of(_needs_gradient(model))(model, *args, **kwargs)
 
 
 def _call_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -171,12 +200,13 @@ class _RegionCall:
         cache = kwargs.get("past_key_values")
         if cache is not None and self.index is not None:
             kwargs["past_key_values"] = LayerCache(cache, self.index)
-        if torch.is_grad_enabled() and self.index is not None and args and "qerl_cache" not in kwargs:
-            args = (_as_of_a_later_layer(args[0], self.region), *args[1:])
+        needs_gradient = _needs_gradient(self.region)
+        if any(needs_gradient) and self.index is not None and args and "qerl_cache" not in kwargs:
+            args = (_as_of_a_later_layer(args[0]), *args[1:])
         _mark_dynamic([*args, *kwargs.values()], kwargs.get("attention_mask"))
         pages = kwargs.get("qerl_cache")
         if pages is None or self.index is None:
-            return self.graphs.training(self.region, *args, **kwargs)
+            return self.graphs.training.of(needs_gradient)(self.region, *args, **kwargs)
         kwargs["qerl_cache"] = layer = pages.layer(self.index)
         mark_dynamic(layer.table_BP, (0, 1))
         mark_dynamic(layer.length_B, (0,))
@@ -184,12 +214,11 @@ class _RegionCall:
             return self.graphs.rollout(self.region, *args, **kwargs)
 
 
-def _as_of_a_later_layer(hidden: Any, region: nn.Module) -> Any:
-    """Return the input [B, T, D] as one that needs a gradient, if some weight of the region does; see the essay."""
+def _as_of_a_later_layer(hidden: Any) -> Any:
+    """Return the input [B, T, D] of a region that trains as one that needs a gradient; see the essay."""
     if not isinstance(hidden, Tensor) or hidden.requires_grad or not hidden.is_floating_point():
         return hidden
-    trains = any(parameter.requires_grad for parameter in region.parameters())
-    return hidden.detach().requires_grad_() if trains else hidden
+    return hidden.detach().requires_grad_()
 
 
 class LayerCache:

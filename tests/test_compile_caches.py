@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
+from qerl_compile.backend import _operators
 from qerl_compile.stacked_adapters import refresh_stacked_adapters
 from qerl_compile.transforming import transform
 from tests.models import LONG, SOME_FAMILIES, tiny_model
@@ -57,5 +58,18 @@ def test_graphs_that_recompute_are_cached_apart_from_those_that_do_not(lowered):
         assert torch.compiler.config.cache_key_tag == "mine "
     (plain, plain_tag), (again, again_tag) = lowered
     assert plain.code == again.code  # the text, which is torch's key, cannot tell
-    assert plain_tag == "mine "
-    assert again_tag.startswith("mine recompute ")
+    assert plain_tag.startswith("mine ")
+    assert again_tag.startswith(f"{plain_tag} recompute ")
+
+
+def test_sources_of_the_operators_are_part_of_every_key(lowered, monkeypatch, tmp_path):
+    """Their gradients are in the graphs that AOTAutograd keeps, and in no graph's text."""
+    for source in ("one", "another"):
+        (tmp_path / "ops.py").write_text(source)
+        monkeypatch.setattr("qerl_compile.backend.kernels.__file__", str(tmp_path / "__init__.py"))
+        _operators.cache_clear()
+        transform(tiny_model("llama", layers=1), "qerl-nvfp4-aqn")(input_ids=TOKENS_BT, use_cache=False)
+    _operators.cache_clear()
+    (one, tag), (other, other_tag) = lowered
+    assert one.code == other.code
+    assert tag != other_tag

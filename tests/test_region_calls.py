@@ -50,3 +50,46 @@ def test_embeddings_that_are_trained_still_get_their_gradient():
     assert embedding.grad is not None
     assert embedding.grad.any()
     assert graphs(model) == [1]
+
+
+def adapted_model():
+    """Lowered by AOTAutograd, which settles what needs a gradient when it compiles; B is not 0."""
+    model = transform(tiny_model("llama"), "nvfp4-lora", inner="aot_eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.1, generator=generator)
+    return model
+
+
+def without_gradient(model):
+    """Names of the parameters that need a gradient and got none from a loss of all logits."""
+    model.zero_grad()
+    model(input_ids=TOKENS_BT, use_cache=False).logits.float().square().sum().backward()
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+
+
+def test_adapters_train_in_layers_beside_one_whose_adapters_are_frozen():
+    model = adapted_model()
+    for name, parameter in model.named_parameters():
+        if "layers.0.mlp" in name:
+            parameter.requires_grad_(False)
+    assert without_gradient(model) == []
+    assert graphs(model) == [1, 1]
+
+
+def test_adapters_that_are_thawed_get_the_gradients_that_they_get_from_the_start():
+    model, fresh = adapted_model(), adapted_model()
+    factors = [parameter for name, parameter in model.named_parameters() if name.endswith("lora_A")]
+    for parameter in factors:
+        parameter.requires_grad_(False)
+    assert without_gradient(model) == []
+    for parameter in factors:
+        parameter.requires_grad_(True)
+    assert without_gradient(model) == []
+    assert without_gradient(fresh) == []
+    wanted = dict(fresh.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, wanted[name].grad)
