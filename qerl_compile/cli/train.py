@@ -133,7 +133,7 @@ def train(
         if os.environ.get("RANK", "0") != "0":  # under torchrun one process says it for all
             raise typer.Exit(0)
         again = shlex.join(argument for argument in ("qerl-compile", *sys.argv[1:]) if argument != "--plan")
-        raise typer.Exit(show_plan(model, rules, then=again, adapter=adapter))
+        raise typer.Exit(show_plan(model, rules, then=again, adapter=adapter, trust_remote_code=trust_remote_code))
     base = base_name(model)
     known_as = base if Path(model).is_dir() else model  # a relative path would not survive a change of directory
     about = Run(known_as, spec, reward, extractor, system, question, assistant_prefix, inner, reward_weight, teacher)
@@ -152,7 +152,7 @@ def train(
         ranks.share(rules.train.prompts_per_step)
         ranks.wait()  # every rank has judged OUT before rank 0 makes it
         if ranks.is_first:
-            warn_if_too_large(model, rules, adapter=adapter)
+            warn_if_too_large(model, rules, adapter=adapter, trust_remote_code=trust_remote_code)
         policy = load(
             model,
             rules,
@@ -178,8 +178,10 @@ def train(
 
             def save(trainer: Trainer) -> None:
                 if ranks.is_first:
-                    kept = rules.train.checkpoints_kept
-                    checkpoints.save(out, identity, trainer.progress, policy, trainer.optimizer, kept=kept)
+                    checkpoints.save(
+                        out, identity, trainer.progress, policy, trainer.optimizer, generators=trainer.generators,
+                        kept=rules.train.checkpoints_kept,
+                    )  # fmt: skip
 
             trainer = Trainer(
                 policy,

@@ -14,7 +14,7 @@ silently matched nothing is how the method failed elsewhere (design/method.md, t
 
 *What a step changes* (adapters, optimizer, position in the task, counters) it changes at its end. A step that is
 abandoned, for want of finite numbers or because somebody wants the run to stop, has not happened: `progress` is that
-of the last finished step, and a checkpoint of it goes on bit by bit.
+of the last finished step, as are `generators`, and a checkpoint of both goes on bit by bit.
 """
 
 import time
@@ -29,6 +29,7 @@ from qerl_compile.errors import ModelError, NotFiniteError
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl.answers import Extractor
 from qerl_compile.rl.checkpoints import Progress
+from qerl_compile.rl.checkpoints.random_states import random_states
 from qerl_compile.rl.collecting import Experience, Round, collect
 from qerl_compile.rl.diagnosis import Diagnosis, Sample, Watch
 from qerl_compile.rl.dump import dump_batch
@@ -147,6 +148,8 @@ class Trainer:
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config)
         self.pad_id = pad_token_id(self.tokenizer, self.model.generation_config)
         self.progress = Progress(step=0, cursor=0, seen_tokens=0)
+        self.generators = random_states()
+        self.rounds = 0  # of dynamic sampling that the present step has begun
         extracts = any(reward_name(function) == "answer" for function in self.rewards)
         self.watch = Watch(self.extractor if extracts else None)
         gib = self.config.rollout_memory_gib
@@ -166,7 +169,7 @@ class Trainer:
 
     def go_on(self, progress: Progress) -> None:
         """Take up a run where a checkpoint left it; model and optimizer are restored already."""
-        self.progress = progress
+        self.progress, self.generators = progress, random_states()
         if isinstance(self.task, Curriculum):
             self.task.restore(progress.stage, progress.extra.get("rewards", []))  # none before the first step
 
@@ -177,6 +180,7 @@ class Trainer:
             Stopped: `stop` said so; a checkpoint was saved.
             ModelError: rollouts and trainer are not the same policy, or too many steps in a row had no finite numbers.
         """
+        self.generators = random_states()
         latest = self.evaluate(self.progress.step) if self._evaluates_after(self.progress.step) else None
         parity = self.check_parity()  # at step 0 lora_B is 0: only a run that goes on shows its adapters here
         if self.progress.step == 0:
@@ -255,6 +259,7 @@ class Trainer:
         seed, stream = self.config.seed, derive_seed(self.config.seed, "train")
 
         def play(positions: range, first: int) -> Round:
+            self.rounds = first // self.config.prompts_per_step + 1
             rows = [self.task.train_row(stream, position) for position in positions]
             prompts = [self.prompt.encode(self.tokenizer, row).ids for row in rows]
             params = self._sampling(self.config.temperature, (seed, "rollout", step), first)
@@ -327,7 +332,7 @@ class Trainer:
     def _finish(self, step: int, row: dict[str, Any], experience: Experience | None, finite: bool) -> None:
         """Move the run past the step; stop the run if steps without finite numbers do not end."""
         progress, prompts = self.progress, self.config.prompts_per_step
-        cursor = progress.cursor + prompts if experience is None else experience.cursor
+        cursor = progress.cursor + self.rounds * prompts if experience is None else experience.cursor
         bad = 0 if finite else progress.bad_steps + 1
         row["update/bad_steps"] = bad
         if bad >= self.config.max_bad_steps:
@@ -345,6 +350,7 @@ class Trainer:
             row |= self.task.observe(row)
             stage, extra = self.task.stage, {"rewards": self.task.rewards}
         self.progress = Progress(step=step, cursor=cursor, seen_tokens=seen, bad_steps=bad, stage=stage, extra=extra)
+        self.generators = random_states()
 
     def _diagnose(self, row: dict[str, Any], experience: Experience) -> None:
         samples = [

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from qerl_compile.errors import ModelError
+from qerl_compile.errors import ModelError, NotFiniteError
 from qerl_compile.passes.adapt import DERIVED as OF_ROLLOUTS
 from qerl_compile.rl.seeds import derive_seed
 from qerl_compile.transforming import transform
@@ -297,6 +297,29 @@ def test_every_step_takes_the_next_prompts_of_the_run():
         trainer.step(step)
     assert [position for _, position in asked] == list(range(9))
     assert {seed for seed, _ in asked} == {derive_seed(5, "train")}
+
+
+def test_a_rollout_that_fails_in_a_later_round_draws_none_of_its_prompts_again():
+    drawn = []
+
+    class Counted(Echo):
+        def train_row(self, seed, position):
+            drawn.extend([position] if seed else [])  # 0 is that of the held-out ones
+            return super().train_row(seed, position)
+
+    rules = toy_recipe("nvfp4-lora", train__dynamic_sampling_rounds=2, train__max_bad_steps=5)
+    trainer, _ = toy_trainer(rules, task=Counted(), rewards=[lambda completions, **_: [1.0] * len(completions)])
+    generate, calls = trainer.engine.generate, iter(range(100))
+
+    def generate_or_fail(*args):
+        if next(calls) == 2:
+            raise NotFiniteError(where="logits", expected="finite", got="nan", do="nothing")
+        return generate(*args)
+
+    trainer.engine.generate = generate_or_fail
+    assert "nan" in trainer.step(1)["update/fault"]
+    trainer.step(2)
+    assert len(drawn) == len(set(drawn)) == 6 * rules.train.prompts_per_step
 
 
 def test_a_cache_that_is_freed_before_each_update_changes_nothing_but_the_memory_of_the_update(monkeypatch):

@@ -52,6 +52,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
+    generators: dict[str, Any] | None = None,
     kept: int = 2,
 ) -> Path:
     """Write the checkpoint of a finished step, then take old ones away.
@@ -62,6 +63,7 @@ def save(
         progress: its counters after the step.
         model: with adapters.
         optimizer: over adapters and trained norms only.
+        generators: `random_states()` after the step; None for those of now.
         kept: how many of the newest stay, at least 1.
 
     Returns:
@@ -79,7 +81,7 @@ def save(
         _remove_left_behind(final.parent)
         if not _is_there(final, told):
             parts = {
-                RANDOM: pack(random_states(), RANDOM),
+                RANDOM: pack(random_states() if generators is None else generators, RANDOM),
                 OPTIMIZER: pack(optimizer_state(model, optimizer), OPTIMIZER),
             }
             tensors = adapter_tensors(model)

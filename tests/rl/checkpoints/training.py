@@ -54,16 +54,18 @@ def differing_rows(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> 
     return found
 
 
-def train(out: Path, rules: Recipe, stop: Callable[[Any], bool] = lambda trainer: False) -> End:
-    """Train in `out` from its newest checkpoint, if there is one, as the command does.
+def train(out: Path, rules: Recipe, stop: Callable[[Any], bool] = lambda trainer: False, **fields: Any) -> End:
+    """Train in `out` from its newest checkpoint, if there is one, as the command does; `fields` are the trainer's.
 
     Raises:
         Stopped: `stop`, asked with the trainer, said so; a checkpoint was saved.
     """
     with MetricsWriter(out / "metrics.jsonl") as metrics:
-        trainer, _ = toy_trainer(rules, report=metrics.write)
+        trainer, _ = toy_trainer(rules, report=metrics.write, **fields)
         who = identity(trainer.model, rules, base="toy")
-        trainer.save = lambda _: save(out, who, trainer.progress, trainer.model, trainer.optimizer)
+        trainer.save = lambda _: save(
+            out, who, trainer.progress, trainer.model, trainer.optimizer, generators=trainer.generators
+        )
         trainer.stop = lambda: stop(trainer)
         found, rejected = latest(out)
         assert rejected == []
