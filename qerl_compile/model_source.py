@@ -19,12 +19,11 @@ IGNORED_PATTERNS = ("*/*", "consolidated*")
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(?:/[\w-][\w.-]{0,95})?", re.ASCII)
 
 
-def resolve_model(path_or_id: str | PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
+def resolve_model(path_or_id: str | PathLike[str], *, weights: bool = True) -> Path:
     """The local directory of a model.
 
     Args:
         path_or_id: a directory, or the id of a Hugging Face repository such as `Qwen/Qwen2.5-7B-Instruct`.
-        revision: branch, tag or commit on the hub; None for its default branch. Unused for a directory.
         weights: whether to fetch them too, or only what says what the model is. Unused for a directory.
 
     Returns:
@@ -54,7 +53,6 @@ def resolve_model(path_or_id: str | PathLike[str], *, revision: str | None = Non
         return Path(
             snapshot_download(
                 text,
-                revision=revision,
                 allow_patterns=[each for each in ALLOWED_PATTERNS if weights or each != WEIGHT_PATTERN],
                 ignore_patterns=list(IGNORED_PATTERNS),
             )
@@ -66,7 +64,7 @@ def resolve_model(path_or_id: str | PathLike[str], *, revision: str | None = Non
         do = "Check the spelling; else fetch it where there is a network with `hf download` and pass the directory."
     except (HfHubHTTPError, HFValidationError) as fault:
         got = f"no such directory here, and from the hub: {shown(str(fault).strip().splitlines()[0])}"
-        do = "Check the spelling of the path or id, and the revision."
+        do = "Check the spelling of the path or id."
     except OSError as fault:  # connection resets and full disks
         got, do = shown(str(fault)), "Check the network and the space in the hub's cache."
     refuse_checkpoint(text, "a model directory or the id of a repository on the hub", got, do=do)

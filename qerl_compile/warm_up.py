@@ -5,7 +5,8 @@ another on the main thread while fifteen cores were idle. What will be launched 
 packed, which share a product, which have adapters) and from a few numbers of the recipe, so it is known before a byte
 of weights is read:
 
-    rehearsal = rehearse(model, plan, device, decode_rows=(2, 4, 8), prefill_tokens=(512,), training_tokens=(4096,))
+    rehearsal = rehearse(model, plan, device, decode_rows=(2, 4, 8), prefill_tokens=(512,), training_tokens=(4096,),
+                         positions=768, page_tokens=64)
     ...                                            load weights, capture graphs, roll out
     rehearsal.wait()                               if somebody wants to know; nobody has to
 

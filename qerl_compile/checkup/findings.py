@@ -1,4 +1,11 @@
-"""What `inspect` hands back: plain values, ready for a table or for JSON. Shares are fractions of 1."""
+"""What `inspect` hands back: plain values, ready for a table or for JSON. Shares are fractions of 1.
+
+A fault carries its kind, its place and what was found there. How bad that is, what breaks and what mends it are looked
+up in `KINDS`, so that every fault of a kind says the same. A damaged checkpoint yields NaN and infinity, which JSON
+does not have: `to_dict` writes None for them.
+
+What this module does not do: look for anything (headers.py, numbers.py and the rest), or lay it out (cli/inspect.py).
+"""
 
 import math
 from collections.abc import Sequence

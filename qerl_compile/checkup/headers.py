@@ -1,4 +1,12 @@
-"""Names, shapes and dtypes of the tensors, against the dialect and against what config.json promises."""
+"""Names, shapes and dtypes of the tensors, against the dialect and against what config.json promises.
+
+No value is read for this. The dialect says which tensors a packed linear has; config.json's model, where there is one,
+says how large the linear is, and otherwise its codes do. A scalar in a form that is unusual but readable is a fault of
+its own kind, beside those that no reader takes. Names and dense shapes are not compared where transformers keeps
+experts in one tensor, since files name them one by one.
+
+What this module does not do: values (numbers.py), configs (configs.py), lists of dense modules (lists.py).
+"""
 
 from collections.abc import Iterator
 

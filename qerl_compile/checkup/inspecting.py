@@ -1,4 +1,11 @@
-"""The walk over a directory: headers and configs first, then one linear after another; see the package's essay."""
+"""The walk over a directory: headers and configs first, then one linear after another; see the package's essay.
+
+A checkpoint may be larger than memory, so one tensor or one packed linear is held at a time, and what stays of it are
+numbers. What can only be told of several linears together, scales that an engine fuses, is told when all have been
+seen. A linear whose tensors do not fit together is passed over here: the headers have told it.
+
+What this module does not do: know what a value should be (numbers.py, against.py) or what breaks on it (kinds.py).
+"""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,11 @@
-"""`qerl-compile diff MODEL`: what each pass does to the graph of a decoder layer, as a coloured diff."""
+"""`qerl-compile diff MODEL`: what each pass does to the graph of a decoder layer, as a coloured diff.
+
+The model is built without storage and transformed, and the layer is captured as training captures it: so no weight is
+read, and any model whose config is known can be looked at. A diff is between the texts before and after one pass
+(graphdiff.py), as in tests/golden.
+
+What it does not do: passes of rollouts only (adapt, residual, rotary), and what the inner compiler makes of the graph.
+"""
 
 from itertools import pairwise
 from typing import Annotated

@@ -1,4 +1,11 @@
-"""`qerl-compile generate MODEL|RUN PROMPT…`: hear a model speak, with its adapter if it is a run."""
+"""`qerl-compile generate MODEL|RUN PROMPT…`: hear a model speak, with its adapter if it is a run.
+
+Completions come from the engine of training's rollouts, with the noise off. Of a run its adapter and system message are
+taken; the text that begins an answer is not, unless it is given. The inner compiler is eager, since a few answers
+are there sooner than compiled graphs would be. The same seed gives the same text.
+
+What it does not do: talk. Each PROMPT is a user message by itself, and nothing is written to disk.
+"""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,11 @@
-"""A command's single output file: whole or not at all, and never over a file that is somebody else's."""
+"""A command's single output file: whole or not at all, and never over a file that is somebody else's.
+
+`refuse_file` runs before the work, so that none is thrown away at the end; `write_file` after it. An existing file may
+be replaced only if the command has a mark by which it knows its own; a symlink never is.
+
+What this module does not do: directories (staged_write.py), or guard the name while the work goes on: a file that
+somebody puts there meanwhile is replaced.
+"""
 
 import os
 import secrets

@@ -1,4 +1,11 @@
-"""`qerl-compile report RUN… -o report.html`: what happened in one or several training runs, on one page."""
+"""`qerl-compile report RUN… -o report.html`: what happened in one or several training runs, on one page.
+
+Runs may be finished or going on; they are read and not written to. A run that goes on is looked at more than once, so
+an earlier page is replaced without asking. It is told by `MARK` in its first kilobyte, and any other file of that name
+is refused before a run is read.
+
+What it does not do: draw or read (rl/report).
+"""
 
 from pathlib import Path
 from typing import Annotated

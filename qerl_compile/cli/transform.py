@@ -1,4 +1,11 @@
-"""`qerl-compile transform MODEL -o DIR`: a packed directory that loads in seconds and that vLLM serves."""
+"""`qerl-compile transform MODEL -o DIR`: a packed directory that loads in seconds and that vLLM serves.
+
+Load or calibrate, then export with the target vllm: the same code as `export` after a run. What can be refused is,
+before weights are read: an output that exists, a recipe that packs nothing, sample text that the recipe would not read.
+The adapters and noisy norms of the recipe are counted on screen and not written, for they are what training adds.
+
+What it does not do: measure what rounding cost. `export --verify` does.
+"""
 
 from typing import TYPE_CHECKING
 

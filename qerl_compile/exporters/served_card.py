@@ -1,4 +1,11 @@
-"""The model card of a served checkpoint: what is quantized and how, what is not in it, and how to serve it."""
+"""The model card of a served checkpoint: what is quantized and how, what is not in it, and how to serve it.
+
+Numbers are counted in the state that was served and not taken from the recipe, so that they hold for checkpoints read
+from elsewhere too. What is left out, adapter or trained norms, is said, with the flags by which the engine takes an
+adapter beside the checkpoint.
+
+What this module does not do: write the card (card.py), or state a quality, which is measured (verify/).
+"""
 
 from collections.abc import Mapping
 

@@ -230,7 +230,7 @@ def splits(rows: int, heads_kv: int, positions: int, tile: int, multiprocessors:
     Args:
         rows: of the batch.
         heads_kv: kv heads.
-        positions: that a row may have at most: P * PAGE, or the window if that is less.
+        positions: that a row may read at most: P * PAGE, or the window and a tile more if that is less.
         tile: positions of a tile.
         multiprocessors: of the device.
     """

@@ -30,8 +30,8 @@ tiles of h are, a second CTA of the GEMM has no room until they end. Why it is s
 
 Every program waits, so this kernel does not end before the one before it has, nor that one's stores are visible; and so
 on back to the last ordinary launch. What is read before waiting must therefore not have been written by that ordinary
-launch or after it. A is not: refresh_stacked_adapters.py writes it between rollouts, and every forward begins with
-ordinary launches (embedding, norms).
+launch or after it. A is not: `refresh_stacked_adapters` (stacked_adapters.py) writes it between rollouts, and every
+forward begins with ordinary launches (embedding, norms).
 
 What it does not do: more than MOST_TOKENS tokens, where x is megabytes and the pass over it a kernel that wants all of
 a multiprocessor; x as it lies in memory (`NATURAL`), which needs no pass.

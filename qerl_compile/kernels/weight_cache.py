@@ -91,11 +91,6 @@ def active() -> WeightCache | None:
     return _active
 
 
-def cache_bytes() -> int:
-    """Memory held by the cache in force; 0 without one."""
-    return 0 if _active is None else _active.nbytes
-
-
 @contextmanager
 def enabled() -> Iterator[WeightCache]:
     """Put a new, empty cache in force; it is emptied and the previous one restored on leaving."""

@@ -5,7 +5,7 @@
 
 and in both, for models with packed experts, experts after quantize.
 
-A pass is two things (architecture.md, decision 4): `state`, which says what a module owns afterwards, and `__call__`,
+A pass is two things (ARCHITECTURE.md, idea 4): `state`, which says what a module owns afterwards, and `__call__`,
 which says what the graph computes afterwards. A pass never touches a module's forward, never patches a class, and
 never asks for a model family: it matches by graph fact (this linear's weight, the linears that share this input) and
 uses names only to select.

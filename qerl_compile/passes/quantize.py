@@ -6,8 +6,8 @@
     before      f = linear(x, cat([Wq, Wk, Wv]), b)                    what the fuse pass left
     after       f = qerl::quantized_linear(x, fused codes, fused block_decode_scale, decode_scale) + b
 
-What a packed module owns (architecture.md, decision 7). Names and layout are those of compressed-tensors' checkpoints,
-so that the module's state_dict is the serving file:
+What a packed module owns (ARCHITECTURE.md, "One copy of the weights"). Names and layout are those of
+compressed-tensors' checkpoints, so that the module's state_dict is the serving file:
 
     weight_packed        Parameter  uint8   [N, K/2]     codes, even column in the low nibble
     weight_scale         Parameter  e4m3    [N, K/16]    block decode scale

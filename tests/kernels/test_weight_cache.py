@@ -21,7 +21,7 @@ def forward_and_dx(weight: Weight, dtype: torch.dtype = torch.float32) -> tuple[
 def test_it_is_off_by_default() -> None:
     assert weight_cache.active() is None
     forward_and_dx(make_weight(24, 48))
-    assert weight_cache.cache_bytes() == 0
+    assert weight_cache.active() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -38,12 +38,14 @@ def test_forward_and_dx_share_one_entry_and_it_is_counted(path: str) -> None:
     weight = make_weight(24, 48)
     with weight_cache.enabled() as cache:
         forward_and_dx(weight, torch.bfloat16)
-        assert cache.nbytes == weight_cache.cache_bytes() == 24 * 48 * 2
+        assert cache is weight_cache.active()
+        assert cache.nbytes == 24 * 48 * 2
         forward_and_dx(weight, torch.bfloat16)
         assert cache.nbytes == 24 * 48 * 2
         forward_and_dx(weight, torch.float32)
         assert cache.nbytes == 24 * 48 * (2 + 4)
-    assert weight_cache.cache_bytes() == 0
+    assert weight_cache.active() is None
+    assert cache.nbytes == 0
 
 
 def test_few_rows_fill_it_only_without_the_kernel(path: str) -> None:

@@ -1,4 +1,11 @@
-"""What a model itself holds under the names of a dense checkpoint, experts one by one among them."""
+"""What a model itself holds under the names of a dense checkpoint, experts one by one among them.
+
+Merging and comparing with a master go by these names. transformers keeps experts as stacks [E, N, K], so the name of an
+expert's matrix is a place in a stack: which expert and which rows. What is packed answers twice, with a ghost that has
+the weight's shape, dtype and device, and with its codes and scales. All of it are views, so asking costs no memory.
+
+What this module does not do: decode, add an adapter (dense.py), or answer for a name that the model lacks.
+"""
 
 from torch import Tensor, nn
 

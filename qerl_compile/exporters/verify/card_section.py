@@ -1,4 +1,11 @@
-"""The quality table of a model card, in Markdown."""
+"""The quality table of a model card, in Markdown.
+
+One row for each check, failed ones in bold, the verdict in the heading: a reader of the hub's page should not have to
+look for it. A row without a budget only informs. What comes from outside (names, values, the name of the text) is made
+printable, and bars in cells are escaped, so that it cannot change the table.
+
+What this module does not do: measure (verifying.py), judge (verification.py), or show single layers (page.py).
+"""
 
 from qerl_compile.exporters.verify.verification import Verification
 from qerl_compile.wording import printable

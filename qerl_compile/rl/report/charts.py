@@ -9,7 +9,7 @@ The same curves give the same bytes (a fixed hash salt, no date).
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,13 +86,12 @@ def require_matplotlib() -> Any:
     return Figure
 
 
-def chart(curves: Sequence[Curve], unit: str, format_value: Callable[[float], str] = "{:.4g}".format) -> dict[str, str]:
+def chart(curves: Sequence[Curve], unit: str) -> dict[str, str]:
     """Draw curves over steps.
 
     Args:
         curves: those to draw, the first one at the bottom.
         unit: of the vertical axis.
-        format_value: how numbers are written in the alt text.
 
     Returns:
         `uri`, the image as a data URI, and `alt`, what it shows in words.
@@ -112,7 +111,7 @@ def chart(curves: Sequence[Curve], unit: str, format_value: Callable[[float], st
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(out.getvalue()).decode("ascii")
-    return {"uri": f"data:image/svg+xml;base64,{encoded}", "alt": " ".join(_in_words(c, format_value) for c in curves)}
+    return {"uri": f"data:image/svg+xml;base64,{encoded}", "alt": " ".join(map(_in_words, curves))}
 
 
 def _draw(axes: Any, curve: Curve, band_opacity: float) -> None:
@@ -138,11 +137,11 @@ def _draw(axes: Any, curve: Curve, band_opacity: float) -> None:
         axes.plot(steps, list(curve.line.values()), marker="o", markersize=4, color=colour)
 
 
-def _in_words(curve: Curve, format_value: Callable[[float], str]) -> str:
+def _in_words(curve: Curve) -> str:
     values = list(curve.line.items())
     (first, start), (last, end) = values[0], values[-1]
     low, high = min(curve.line.values()), max(curve.line.values())
     if first == last:
-        return f"{curve.label}: {format_value(start)} at step {first}."
-    course = f"{format_value(start)} at step {first} to {format_value(end)} at step {last}"
-    return f"{curve.label}: {course}, lowest {format_value(low)}, highest {format_value(high)}."
+        return f"{curve.label}: {start:.4g} at step {first}."
+    course = f"{start:.4g} at step {first} to {end:.4g} at step {last}"
+    return f"{curve.label}: {course}, lowest {low:.4g}, highest {high:.4g}."

@@ -18,7 +18,7 @@ from qerl_compile.errors import TaskError
 from qerl_compile.rl.answers import EXTRACTORS, Extractor
 from qerl_compile.rl.rewards.answer import AnswerReward, gsm8k
 from qerl_compile.rl.rewards.calling import RewardFunction, reward_name
-from qerl_compile.rl.rewards.isolated import MEMORY_GIB, IsolatedReward
+from qerl_compile.rl.rewards.isolated import IsolatedReward
 from qerl_compile.rl.tasks.task import ARROW, Task
 
 BUILT_IN = ("answer", "gsm8k", "math")
@@ -31,7 +31,6 @@ def resolve_rewards(
     extractor: Extractor = "final",
     *,
     timeout: float = TIMEOUT_S,
-    memory_gib: float = MEMORY_GIB,
     log: Path | None = None,
 ) -> list[RewardFunction]:
     """The reward functions of a run, checked before it starts. End their processes with `close_rewards`.
@@ -41,7 +40,6 @@ def resolve_rewards(
         task: what judges answers for `answer`.
         extractor: how `answer` finds the answer in a completion.
         timeout: seconds for a batch, for functions that run in a process of their own; see isolated.py.
-        memory_gib: most private memory of such a process, in GiB.
         log: file to which what files print is appended; None drops it.
 
     Raises:
@@ -52,8 +50,7 @@ def resolve_rewards(
     functions: list[RewardFunction] = []
     try:
         for spec in specs:
-            more = {"timeout": timeout, "memory_gib": memory_gib, "log": log}
-            functions.append(resolve_reward(spec, task, extractor, **more))
+            functions.append(resolve_reward(spec, task, extractor, timeout=timeout, log=log))
         names = [reward_name(function) for function in functions]
         for name in names:
             if names.count(name) > 1:
@@ -71,7 +68,6 @@ def resolve_reward(
     extractor: Extractor = "final",
     *,
     timeout: float = TIMEOUT_S,
-    memory_gib: float = MEMORY_GIB,
     log: Path | None = None,
 ) -> RewardFunction:
     """One reward function; see `resolve_rewards`."""
@@ -96,7 +92,7 @@ def resolve_reward(
     else:
         do = f"Choose one of {', '.join(BUILT_IN)}, or write FILE.py:FUNCTION."
         raise TaskError(where="--reward", expected="a built-in name or a file's function", got=repr(spec), do=do)
-    reward = IsolatedReward(name, function, timeout=timeout, memory_gib=memory_gib, log=log)
+    reward = IsolatedReward(name, function, timeout=timeout, log=log)
     return reward.load() if function["kind"] == "file" else reward  # ours loads meanwhile, as the model does
 
 

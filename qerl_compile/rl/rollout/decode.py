@@ -13,7 +13,7 @@ An idle line goes on drawing tokens that nobody reads: into its column `drawn`, 
 
 **Few launches.** All that comes after the logits is one function of tensors, `advance`, which Inductor compiles where
 steps are captured and the model's own graphs are Inductor's too. Written as PyTorch it is some seventy operators of a
-few microseconds, whatever the model; a step of a 7B model takes 3.4 ms. What the model is fed lies ready in `Rows`, so
+few microseconds, whatever the model; a step of a 7B model takes 3 ms. What the model is fed lies ready in `Rows`, so
 nothing comes before it, and what it runs beside its layers is compiled by leaves.py. Lines are passed as views of the
 first B, and written by indexed assignment, which Inductor does in place; a scatter it would do on a copy of all
 completions.

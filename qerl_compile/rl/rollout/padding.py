@@ -1,5 +1,11 @@
 """Sequences of different lengths as one rectangle, and where their tokens are.
 
+Prompts are padded on the left: all of them then end in one column, and what is generated, or was, begins in the next.
+The Hugging Face engine and the batches of training are laid out like that.
+
+What this module does not do: lay out our own engine's prompts, which are packed one after the other (paged.py), or pad
+completions, on the right (policy_batch.py).
+
 Shapes: B rows, T columns.
 """
 
