@@ -170,7 +170,8 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
     """Return the facts of every decoder layer of `model`, which may be on any device; no weight is read.
 
     Raises:
-        GraphError: Dynamo cannot capture a layer in one graph.
+        GraphError: Dynamo cannot capture a layer in one graph, or the model computes with values that it looks at, such
+            as the largest position of a batch in a dynamic rotary embedding.
     """
     from torch._dynamo.exc import TorchDynamoException
 
@@ -196,6 +197,14 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
             do="Build it with experts_implementation='grouped_mm'; other ways to compute experts are no graph."
             if any(stacked_parameters(model))
             else "Report this model class; meanwhile torch.compile(model, backend='qerl') may work.",
+        ) from fault
+    except RuntimeError as fault:
+        raise GraphError(
+            where=type(model).__name__,
+            expected="a forward that looks at no tensor's values outside its decoder layers",
+            got=str(fault).splitlines()[0],
+            do="Set rope_parameters['rope_type'] to one that no batch changes, such as yarn, if it is 'dynamic'; "
+            "otherwise report this model class.",
         ) from fault
     unseen = [path for path in first.values() if path not in facts]
     if unseen:

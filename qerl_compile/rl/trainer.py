@@ -44,9 +44,10 @@ from qerl_compile.rl.rewards import RewardFunction, score
 from qerl_compile.rl.rewards.calling import reward_name
 from qerl_compile.rl.rollout import PagedSampler, Sampler, Sampling
 from qerl_compile.rl.rollout.memory import CACHE_SHARE
+from qerl_compile.rl.rollout.positions import check_positions
 from qerl_compile.rl.seeds import derive_seed
 from qerl_compile.rl.step_metrics import memory_metrics
-from qerl_compile.rl.tasks import Task, columns
+from qerl_compile.rl.tasks import Row, Task, columns
 from qerl_compile.rl.tasks.curriculum import Curriculum
 from qerl_compile.rl.updating import Updater
 from qerl_compile.transforming import resample_noise, state_of
@@ -145,6 +146,7 @@ class Trainer:
         self.schedule = NoiseSchedule.of(self.recipe.noise, self.config.steps)
         self.noise_sites = len(state_of(self.model).plan.noise)
         self.held_out = self.task.held_out(self.config.eval_size)
+        self._encoded(self.held_out, "held-out rows")
         self.end_ids = end_token_ids(self.tokenizer, self.model.generation_config)
         self.pad_id = pad_token_id(self.tokenizer, self.model.generation_config)
         self.progress = Progress(step=0, cursor=0, seen_tokens=0)
@@ -216,7 +218,7 @@ class Trainer:
     def check_parity(self) -> dict[str, float]:
         """Compare rollouts with the trainer's log-probabilities, without noise; see `parity.py`."""
         resample_noise(self.model, 0.0)
-        prompts = [self.prompt.encode(self.tokenizer, row).ids for row in self.held_out[:PROMPTS]]
+        prompts = self._encoded(self.held_out[:PROMPTS], "held-out rows")
         return check_parity(
             self.model,
             self.engine,
@@ -261,7 +263,7 @@ class Trainer:
         def play(positions: range, first: int) -> Round:
             self.rounds = first // self.config.prompts_per_step + 1
             rows = [self.task.train_row(stream, position) for position in positions]
-            prompts = [self.prompt.encode(self.tokenizer, row).ids for row in rows]
+            prompts = self._encoded(rows, f"training rows {positions.start} to {positions.stop - 1}")
             params = self._sampling(self.config.temperature, (seed, "rollout", step), first)
             fault = None
             try:
@@ -289,6 +291,12 @@ class Trainer:
             return Round(rows, rollouts, texts, scores)
 
         return collect(play, self.config, self.ranks, self.progress.cursor)
+
+    def _encoded(self, rows: Sequence[Row], what: str) -> list[tuple[int, ...]]:
+        """Prompts as token ids; refused where the model's positions end before a completion may."""
+        prompts = [self.prompt.encode(self.tokenizer, row).ids for row in rows]
+        check_positions(self.model, prompts, self.config.max_new_tokens, what)
+        return prompts
 
     def _free_cache(self) -> dict[str, int]:
         if self.config.rollout_cache == "kept" or not isinstance(self.engine, PagedSampler):

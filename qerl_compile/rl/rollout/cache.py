@@ -65,13 +65,22 @@ class CacheShape:
         """Read the shape off a model's config; the dtype is that of its embedding.
 
         Raises:
-            ModelError: the model caps its attention scores, which no kernel here does. `attend` would say so too, but
-                within a compiled region nobody could read it.
+            ModelError: the model caps its attention scores, which no kernel here does, or its keys are wider than its
+                values (DeepSeek's latent attention). `attend` would say so too, but within a compiled region nobody
+                could read it.
         """
         config = model.config.get_text_config()
         if getattr(config, "attn_logit_softcapping", None) is not None:
             raise _not_computed(type(model).__name__, "softcap")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        widths = getattr(config, "qk_head_dim", None) or head_dim, getattr(config, "v_head_dim", None) or head_dim
+        if widths != (head_dim, head_dim):
+            raise ModelError(
+                where=f"{type(model).__name__}: attention",
+                expected=f"keys and values as wide as head_dim, {head_dim}, which is how pages hold them",
+                got=f"keys of {widths[0]} and values of {widths[1]}",
+                do="Use HuggingFaceSampler for this model.",
+            )
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dtype = model.get_input_embeddings().weight.dtype
         return cls(config.num_hidden_layers, heads, head_dim, page_tokens, dtype)

@@ -39,6 +39,7 @@ from qerl_compile.rl.rollout.decode import MOST_ENDS, DecodeStep, Rows, StepCode
 from qerl_compile.rl.rollout.leaves import Calls, compiled_leaves
 from qerl_compile.rl.rollout.memory import CACHE_SHARE, Workload, plan_pages
 from qerl_compile.rl.rollout.pages import PagePool
+from qerl_compile.rl.rollout.positions import check_positions
 from qerl_compile.rl.rollout.randomness import uniform
 from qerl_compile.rl.rollout.schedule import (
     Admission,
@@ -113,12 +114,14 @@ class PagedSampler:
         """Sample `group_size` completions for each prompt; see `Sampler`.
 
         Raises:
-            ModelError: logits that tokens were sampled from are not finite, or a request cannot fit into the budget.
+            ModelError: logits that tokens were sampled from are not finite, or a request cannot fit into the budget, or
+                a sequence may become longer than the model's positions.
             ValueError: a prompt is empty, there are no samples to draw, or there are too many end tokens.
         """
         if not prompts:
             return Rollouts(())
         _check_request(prompts, group_size, params)
+        check_positions(self.model, prompts, params.max_new_tokens)
         lengths = tuple(map(len, prompts))
         work = Workload(lengths, group_size, params.max_new_tokens, self.shape.page_tokens)
         if _refresh_adapters(self.model):

@@ -31,7 +31,7 @@ def test_a_run_that_is_stopped_at_any_step_ends_like_one_that_is_not(tmp_path, c
 
 def by_chance(completions, **_):
     """A reward that draws from the generator of the process."""
-    return [random.random() for _ in completions]
+    return [random.random() for _ in completions]  # noqa: S311
 
 
 @pytest.mark.parametrize("question", [5, 6], ids=["between rollout and update", "after the step"])
