@@ -140,8 +140,8 @@ class Attacher:
         return plan
 
     def _one_scale(self, group: tuple[str, ...]) -> bool:
-        scales = [derived_decode_scale(self.model.get_submodule(path)) for path in group]
-        return all(scale.is_meta or torch.equal(scale, scales[0]) for scale in scales)
+        decode_scales = [derived_decode_scale(self.model.get_submodule(path)) for path in group]
+        return all(each.is_meta or torch.equal(each, decode_scales[0]) for each in decode_scales)
 
 
 def attach_shapes(model: nn.Module, plan: Plan, *, seed: int = 0) -> Plan:

@@ -214,5 +214,5 @@ class _Run:
         for path, packed in work.packed.items():
             amax = largest.inputs.get(self.plan.group_of(path)[0])
             dtype = self.model.get_submodule(path).get_parameter("weight").dtype
-            scale = None if amax is None else input_scale(amax)
-            self.attacher.packed(path, packed, dtype, input_scale=scale)
+            measured = None if amax is None else input_scale(amax)
+            self.attacher.packed(path, packed, dtype, input_scale=measured)

@@ -189,9 +189,9 @@ def _tensors(
             yield Problem(f"{path}.{names.codes}", "U8 [N, K/2]", _shown(codes), do, GARBAGE)
             continue
         blocks = (codes.shape[0], codes.shape[1] * 2 // BLOCK)
-        scale = tensors.get(f"{path}.weight_scale")
-        if scale is None or (scale.dtype, scale.shape) != ("F8_E4M3", blocks):
-            yield Problem(f"{path}.weight_scale", f"F8_E4M3 {list(blocks)}", _shown(scale), do, GARBAGE)
+        block = tensors.get(f"{path}.weight_scale")
+        if block is None or (block.dtype, block.shape) != ("F8_E4M3", blocks):
+            yield Problem(f"{path}.weight_scale", f"F8_E4M3 {list(blocks)}", _shown(block), do, GARBAGE)
         for leaf, needed in ((names.scalar, True), (names.input_scalar, four_bits)):
             scalar = tensors.get(f"{path}.{leaf}")
             if needed and (scalar is None or scalar.dtype != "F32" or scalar.shape not in ((), (1,))):

@@ -205,8 +205,8 @@ def divisor_of(amax: Tensor, scaled: float = AMAX_SCALED) -> Tensor:
     """
     amax = amax.clamp(min=torch.finfo(amax.dtype).tiny)
     # torch computes scalar / tensor as reciprocal times scalar, with a rounding after each: part of the contract.
-    scale = (amax.reciprocal() * scaled).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
-    return scale.float().reshape(1)
+    divisor = (amax.reciprocal() * scaled).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
+    return divisor.float().reshape(1)
 
 
 def amax_block_scales(block_amax_NG: Tensor, global_scale: Tensor, lands_on: float = e2m1.MAX_VALUE) -> Tensor:

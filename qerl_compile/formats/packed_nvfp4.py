@@ -43,18 +43,18 @@ class PackedNVFP4:
     direction: Literal["divisor", "multiplier"]
 
     def __post_init__(self) -> None:
-        codes, block, scale = self.codes_NK2, self.block_decode_scale_NG, self.global_scale
+        codes, block, global_scale = self.codes_NK2, self.block_decode_scale_NG, self.global_scale
         well_formed = codes.dtype == torch.uint8 and codes.ndim == 2 and codes.numel() > 0
         if not well_formed or codes.shape[1] * 2 % BLOCK:
             _refuse("codes_NK2", "uint8 [N, K/2], N >= 1, K a positive multiple of 16", _describe(codes))
         blocks = (codes.shape[0], codes.shape[1] * 2 // BLOCK)
         if block.dtype != torch.float8_e4m3fn or tuple(block.shape) != blocks:
             _refuse("block_decode_scale_NG", f"float8_e4m3fn [N, K/16] = {list(blocks)}", _describe(block))
-        if scale.dtype != torch.float32 or tuple(scale.shape) != (1,):
-            _refuse("global_scale", "float32 [1]", _describe(scale))
+        if global_scale.dtype != torch.float32 or tuple(global_scale.shape) != (1,):
+            _refuse("global_scale", "float32 [1]", _describe(global_scale))
         if self.direction not in ("divisor", "multiplier"):
             _refuse("direction", '"divisor" or "multiplier"', repr(self.direction))
-        devices = {str(tensor.device) for tensor in (codes, block, scale)}
+        devices = {str(tensor.device) for tensor in (codes, block, global_scale)}
         if len(devices) > 1:
             _refuse("PackedNVFP4", "all three tensors on one device", ", ".join(sorted(devices)))
         if codes.device.type == "meta":
@@ -62,7 +62,7 @@ class PackedNVFP4:
         worst = block.view(torch.uint8).max().item()
         if worst > 0x7E:  # 0x7F is NaN, 0x80 and above carry a sign
             _refuse("block_decode_scale_NG", "no NaN, no sign bit set", f"byte 0x{worst:02X}")
-        value = scale.item()
+        value = global_scale.item()
         if not 0.0 < value < float("inf"):
             _refuse("global_scale", "a finite and positive number", repr(value))
 
@@ -74,8 +74,8 @@ class PackedNVFP4:
     @property
     def decode_scale(self) -> Tensor:
         """The matrix scale as a multiplier: fp32, 0-dim."""
-        scale = self.global_scale.squeeze(0)
-        return scale.reciprocal() if self.direction == "divisor" else scale
+        scalar = self.global_scale.squeeze(0)
+        return scalar.reciprocal() if self.direction == "divisor" else scalar
 
 
 def _describe(tensor: Tensor) -> str:

@@ -143,11 +143,11 @@ def _least_error(blocks: _Blocks) -> Tensor:
     byte = highest.clamp(min=HALVES_EXACTLY_FROM - 1, max=LARGEST_BYTE)
     live = blocks.amax_NG > 0
     while bool(live.any()):
-        scale = _scales(byte.clamp(min=1).to(torch.uint8))
-        error = blocks.error(scale)
+        block_decode_scale_NG = _scales(byte.clamp(min=1).to(torch.uint8))
+        error = blocks.error(block_decode_scale_NG)
         better = live & (error < best_error)
         best_byte, best_error = torch.where(better, byte, best_byte), torch.where(better, error, best_error)
-        left_over = (1 - MAX_VALUE * blocks.step(scale)).clamp(min=0)
+        left_over = (1 - MAX_VALUE * blocks.step(block_decode_scale_NG)).clamp(min=0)
         live = live & (byte > 1) & (its_importance * left_over.square() <= best_error)
         byte = byte - 1
     return _scales(best_byte.to(torch.uint8))

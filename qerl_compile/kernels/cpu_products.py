@@ -24,9 +24,9 @@ BLOCK_BYTES = 8  # 16 codes
 @functools.cache
 def product_pairs() -> Tensor:
     """int32 [65536]: at scale_byte · 256 + code_byte, the two bf16 products of a code byte, the even column low."""
-    scale = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    block_decode_scale = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     values = e2m1.decode(torch.arange(256, dtype=torch.uint8)[:, None], torch.float32)  # [256, 2]
-    return (scale[:, None, None] * values).to(torch.bfloat16).view(torch.int32).flatten()
+    return (block_decode_scale[:, None, None] * values).to(torch.bfloat16).view(torch.int32).flatten()
 
 
 def write_products(codes_NK2: Tensor, block_decode_scale_NG: Tensor, out_NK: Tensor) -> None:

@@ -54,14 +54,16 @@ def kernel(
     for kt in range(begin, end):
         if EVEN_K:
             codes = tl.load(codes_at + kt * (BK // 2))
-            scale = tl.load(block_at + kt * (BK // 16))
+            block_scale = tl.load(block_at + kt * (BK // 16))
             x = tl.load(x_at + kt * (BK // 2), mask=m_ok[:, None], other=0)
         else:
             byte_ok = (kt * (BK // 2) + byte < K // 2)[None, :]
             codes = tl.load(codes_at + kt * (BK // 2), mask=byte_ok, other=0)
-            scale = tl.load(block_at + kt * (BK // 16), mask=(kt * (BK // 16) + block < K // 16)[None, :], other=0)
+            block_scale = tl.load(
+                block_at + kt * (BK // 16), mask=(kt * (BK // 16) + block < K // 16)[None, :], other=0
+            )
             x = tl.load(x_at + kt * (BK // 2), mask=m_ok[:, None] & byte_ok, other=0)
-        w_even, w_odd = planes(codes, scale, BN, BK // 16, LAYOUT, ASM)
+        w_even, w_odd = planes(codes, block_scale, BN, BK // 16, LAYOUT, ASM)
         x_even, x_odd = split_pairs(x)
         if SWAP:
             acc = dot(w_even, tl.trans(x_even), acc, ASM)

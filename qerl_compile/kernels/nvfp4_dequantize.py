@@ -32,8 +32,10 @@ def _kernel(
     row_ok = (row < N)[:, None]
     row = row.to(tl.int64)[:, None]
     codes = tl.load(codes_ptr + row * (K // 2) + byte[None, :], mask=row_ok & (byte < K // 2)[None, :], other=0)
-    scale = tl.load(block_ptr + row * (K // 16) + block[None, :], mask=row_ok & (block < K // 16)[None, :], other=0)
-    even, odd = planes(codes, scale, ROWS, COLUMNS // 16, LAYOUT, ASM)
+    block_scale = tl.load(
+        block_ptr + row * (K // 16) + block[None, :], mask=row_ok & (block < K // 16)[None, :], other=0
+    )
+    even, odd = planes(codes, block_scale, ROWS, COLUMNS // 16, LAYOUT, ASM)
     # 2^8 goes to the product, where it is exact; decode_scale * 2^8 might overflow or leave the subnormals
     decode = tl.load(decode_ptr)
     even = (even.to(tl.float32) * 256.0) * decode

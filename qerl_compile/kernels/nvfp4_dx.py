@@ -50,13 +50,13 @@ def kernel(
         dy_at = dy_ptr + token_in * stride_dy + n[None, :]
         if EVEN_N:
             codes = tl.load(codes_at)
-            scale = tl.load(block_at)
+            block_scale = tl.load(block_at)
             dy = tl.load(dy_at)
         else:
             codes = tl.load(codes_at, mask=(n < N)[:, None], other=0)
-            scale = tl.load(block_at, mask=(n < N)[:, None], other=0)
+            block_scale = tl.load(block_at, mask=(n < N)[:, None], other=0)
             dy = tl.load(dy_at, mask=(n < N)[None, :], other=0.0)
-        w_even, w_odd = planes(codes, scale, BN, BK // 16, LAYOUT, ASM)
+        w_even, w_odd = planes(codes, block_scale, BN, BK // 16, LAYOUT, ASM)
         even = dot(dy, w_even, even, ASM)
         odd = dot(dy, w_odd, odd, ASM)
     out = tl.join(even, odd).reshape(BM, BK)

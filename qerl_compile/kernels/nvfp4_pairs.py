@@ -27,12 +27,12 @@ def _product(out: str, a: str, b: str, portable: bool) -> str:
 
 
 @gluon.constexpr_function
-def decode_pairs(high: bool, scale: str, portable: bool) -> str:
-    """$0, $1 = two pairs of the codes in $2, times the pair of scales in the operand `scale`.
+def decode_pairs(high: bool, block_scale: str, portable: bool) -> str:
+    """$0, $1 = two pairs of the codes in $2, times the pair of scales in the operand `block_scale`.
 
     Args:
         high: the two pairs in bits 8 to 15 of each half, not those in bits 0 to 7.
-        scale: "$3", or what it is in the kernel's list of operands.
+        block_scale: "$3", or what it is in the kernel's list of operands.
         portable: fma instead of mul.
     """
     return f"""
@@ -42,11 +42,11 @@ def decode_pairs(high: bool, scale: str, portable: bool) -> str:
         and.b32 a, v, 0x000F000F;
         mul.lo.u32 a, a, 0x1040;
         and.b32 a, a, 0x81C081C0;
-        {_product("$0", "a", scale, portable)}
+        {_product("$0", "a", block_scale, portable)}
         and.b32 a, v, 0x00F000F0;
         mul.lo.u32 a, a, 0x0104;
         and.b32 a, a, 0x81C081C0;
-        {_product("$1", "a", scale, portable)}
+        {_product("$1", "a", block_scale, portable)}
         }}
         """
 

@@ -243,6 +243,6 @@ def quantize(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nvfp4.check_weight(w_NK)  # says where
     largest = largest.clamp(min=torch.finfo(w_NK.dtype).tiny)
     # scalar / tensor in torch is reciprocal times scalar, rounded after each: part of the format
-    scale = (largest.reciprocal() * nvfp4.AMAX_SCALED).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
-    global_scale = scale.float().reshape(1)
+    divisor = (largest.reciprocal() * nvfp4.AMAX_SCALED).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
+    global_scale = divisor.float().reshape(1)
     return *encode(w_NK, global_scale), global_scale
