@@ -25,7 +25,7 @@ from qerl_compile.safetensors_header import MAX_TENSORS, TensorEntry, checked_na
 from qerl_compile.strict_json import parse_json
 from qerl_compile.wording import listed, nearest, refuse_checkpoint, shown
 
-__all__ = ["CheckpointDirectory", "TensorEntry", "open_checkpoint"]
+__all__ = ["CheckpointDirectory", "TensorEntry", "listed_tensors", "open_checkpoint"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,6 +88,15 @@ def open_checkpoint(path: str | PathLike[str], *, trust_remote_code: bool = Fals
     if weight_map is not None:
         _check_agreement(root / INDEX, weight_map, tensors)
     return CheckpointDirectory(root, config, tuple(root / shard for shard in shard_names), tensors)
+
+
+def listed_tensors(root: Path) -> list[str]:
+    """Return the names of tensors that the index of a directory lists; its shards need not be there.
+
+    Raises:
+        CheckpointError: the index is unreadable or malformed, or leads out of the directory.
+    """
+    return list(_weight_map(root))
 
 
 def _weight_map(root: Path) -> dict[str, str]:

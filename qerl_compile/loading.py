@@ -15,7 +15,7 @@ What this module does not do: quantized formats other than NVFP4, or sharding ov
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from os import PathLike
 from pathlib import Path
@@ -210,36 +210,18 @@ def check_tensors(
         CheckpointError: the tensors are not those of the model.
     """
     modules = dict(model.named_modules())
-    stacks = expert_stacks(model)
-    places = places_of(stacks)
+    places = places_of(expert_stacks(model))
     for path, linear in layout.linears.items():
         if path not in places and not isinstance(modules.get(path), nn.Linear):
             where = f"{checkpoint.tensors[linear.codes].file}: tensor {shown(linear.codes)}"
             got = type(modules[path]).__name__ if path in modules else "no such module"
             refuse_checkpoint(where, f"packed weights of linears; {shown(path)} to be one", got, do=OTHER_CONFIG)
-    forms: dict[str, Form] = {}
-    for name, (owner, _) in layout.kv_scales.items():
-        if owner in modules:  # otherwise the name is a surplus one
-            forms[name] = SCALAR
-    holders: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        path, _, leaf = name.rpartition(".")
-        holder = holders.get(id(tensor)) or (will_be_tied or {}).get(name)
-        if holder is not None:
-            tied[name] = holder
-            _refuse_tied(checkpoint, layout, name, tied[name])
-            continue
-        holders[id(tensor)] = name
-        if path in layout.linears and leaf == "weight":
-            forms |= layout.linears[path].forms(*tensor.shape)
-        elif name in stacks and name not in checkpoint.tensors:
-            forms |= _forms_of_experts(stacks[name], layout)
-        else:
-            floating = tensor.is_floating_point()
-            forms[name] = Form((tuple(tensor.shape),), DENSE_DTYPES if floating else tuple(ELEMENT_BYTES))
-    found = list(checkpoint.tensors)
-    compare_names(list(forms), found, where=str(checkpoint.root), optional=tied, ignored=layout.unread)
+    forms, tied = _forms(model, checkpoint.tensors, layout, will_be_tied or {})
+    for name, holder in tied.items():
+        _refuse_tied(checkpoint, layout, name, holder)
+    found, where = list(checkpoint.tensors), str(checkpoint.root)
+    _refuse_renamed(model, forms, found, where=where)
+    compare_names(list(forms), found, where=where, optional=tied, ignored=layout.unread)
     for name, form in forms.items():
         entry = checkpoint.tensors[name]
         where = f"{entry.file}: tensor {shown(name)}"
@@ -252,6 +234,75 @@ def check_tensors(
             )
             refuse_checkpoint(where, f"dtype {' or '.join(form.dtypes)}", entry.dtype, do=do)
     return tied
+
+
+def check_names(model: nn.Module, found: Collection[str], *, where: str) -> None:
+    """Compare the tensor names of a dense checkpoint with the model, where no header is there to say more.
+
+    Args:
+        model: built from the checkpoint's config.
+        found: names in the checkpoint.
+        where: what lists them, for errors.
+
+    Raises:
+        CheckpointError: they are not those of the model.
+    """
+    forms, tied = _forms(model, frozenset(found), Layout("dense"), {})
+    _refuse_renamed(model, forms, found, where=where)
+    compare_names(list(forms), found, where=where, optional=tied)
+
+
+def _forms(
+    model: nn.Module, found: Collection[str], layout: Layout, will_be_tied: Mapping[str, str]
+) -> tuple[dict[str, Form], dict[str, str]]:
+    """Say what headers must hold by tensor, and which names are tied to which."""
+    modules, stacks = dict(model.named_modules()), expert_stacks(model)
+    # Otherwise the name is a surplus one.
+    forms = {name: SCALAR for name, (owner, _) in layout.kv_scales.items() if owner in modules}
+    holders: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        path, _, leaf = name.rpartition(".")
+        holder = holders.get(id(tensor)) or will_be_tied.get(name)
+        if holder is not None:
+            tied[name] = holder
+            continue
+        holders[id(tensor)] = name
+        if path in layout.linears and leaf == "weight":
+            forms |= layout.linears[path].forms(*tensor.shape)
+        elif name in stacks and name not in found:
+            forms |= _forms_of_experts(stacks[name], layout)
+        else:
+            floating = tensor.is_floating_point()
+            forms[name] = Form((tuple(tensor.shape),), DENSE_DTYPES if floating else tuple(ELEMENT_BYTES))
+    return forms, tied
+
+
+def _refuse_renamed(model: Any, wanted: Collection[str], found: Collection[str], *, where: str) -> None:
+    """Refuse a whole checkpoint whose names transformers changes as it reads, such as Mixtral's; we change none."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    missing, extra = set(wanted).difference(found), [name for name in found if name not in wanted]
+    if not missing or not extra:
+        return
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    renamed: dict[str, str] = {}
+    for name in extra:
+        known_as = name
+        for conversion in conversions:
+            known_as = conversion.rename_source_key(known_as)[0]
+        if known_as in missing:
+            renamed[name] = known_as
+    if renamed:
+        name, known_as = next(iter(renamed.items()))
+        refuse_checkpoint(
+            where,
+            f"tensors under the names that {type(model).__name__} has for them, such as {shown(known_as)}",
+            f"{len(renamed)} under names that only transformers' own loading maps to these, such as {shown(name)}",
+            do="The files are whole: write them once under the model's names, with AutoModelForCausalLM."
+            "from_pretrained(DIRECTORY).save_pretrained(OTHER, save_original_format=False), and use OTHER; or pass "
+            "that model to qerl_compile.transform.",
+        )
 
 
 def _forms_of_experts(stack: Stack, layout: Layout) -> dict[str, Form]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,7 @@ from qerl_compile.exporters import export
 from qerl_compile.formats.nvfp4 import dequantize, quantize, quantize_group
 from qerl_compile.loading import empty_model, load, usable_device
 from qerl_compile.transforming import transform
-from tests.models import tiny_model
+from tests.models import SIZES, tiny_model
 
 TOKENS_BT = torch.arange(14).reshape(2, 7)
 LAYER = "model.layers.0"
@@ -321,6 +322,27 @@ def refused(directory: Path, error: type[QerlError], words: tuple[str, ...]) -> 
         eager(directory)
     for word in words:
         assert word in str(fault.value)
+
+
+def test_a_checkpoint_whose_names_transformers_changes_is_said_to_be_whole_and_how_it_loads(tmp_path):
+    sizes = {**SIZES, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, dtype="bfloat16")).to(torch.bfloat16)
+    published = save(model, tmp_path / "published")
+    refused(
+        published,
+        CheckpointError,
+        (
+            f"names that MixtralForCausalLM has for them, such as '{LAYER}.mlp.",
+            f"got 13 under names that only transformers' own loading maps to these, such as '{LAYER}.block_sparse_moe.",
+            "The files are whole: ",
+            "save_pretrained(OTHER, save_original_format=False)",
+        ),
+    )
+    other = save(dense(published), tmp_path / "other", save_original_format=False)
+    with pytest.warns(UserWarning, match=r"2 stacks of experts stay dense"):
+        got = eager(other)
+    assert len(got.qerl.plan.quantize) == 4
+    assert torch.equal(got.get_parameter(f"{LAYER}.mlp.gate.weight"), model.get_parameter(f"{LAYER}.mlp.gate.weight"))
 
 
 def test_a_missing_directory_is_refused(tmp_path):

@@ -1,4 +1,11 @@
-"""Options that several commands take, with one wording."""
+"""Options that several commands take, with one wording.
+
+A flag that two commands have is declared once, so that it has one name, one type and one line of help. Defaults stand
+in the commands' signatures, since they differ. Every start of the program imports this, so it imports typer and nothing
+of ours.
+
+What this module does not do: judge what was given. Recipe, loading and the commands do.
+"""
 
 from pathlib import Path
 from typing import Annotated

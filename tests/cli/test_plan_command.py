@@ -1,17 +1,19 @@
 import functools
+import importlib
 import json
+import shutil
 
 import pytest
 
 from qerl_compile.cli.plan import warn_if_too_large
-from qerl_compile.errors import GraphError
+from qerl_compile.errors import CheckpointError, GraphError, TaskError
 from qerl_compile.recipe import Recipe
 from qerl_compile.rl import footprint
-from tests.cli.conftest import command, next_command, refusal
+from tests.cli.conftest import command, next_command, refusal, tiny
 
 GIB = 2**30
 SETTINGS = [
-    "--set", "train.prompts_per_step=4", "--set", "train.group_size=4", "--set", "train.max_new_tokens=448",
+    "--set", "train.prompts_per_step=4", "--set", "train.group_size=4", "--set", "train.max_new_tokens=192",
     "--set", "train.eval_size=4", "--set", "train.rollout_batch=16", "--set", "train.recompute=true",
     "--prompt-tokens", "64",
 ]  # fmt: skip
@@ -34,11 +36,11 @@ def test_a_plan_fits_one_screen_and_ends_with_the_next_command(large):
     lines = large.text.splitlines()
     assert large.code == 0, (large.text, large.fault)
     assert len(lines) <= 24
-    assert "4 x 4 sequences of 64 + 448 tokens" in lines[0]
+    assert "4 x 4 sequences of 64 + 192 tokens" in lines[0]
     assert "fits 80.0 GiB; nothing was written" in lines[-2]
     words = next_command(large.text)
     assert "train" in words[:2]
-    assert "train.max_new_tokens=448" in words
+    assert "train.max_new_tokens=192" in words
     heads = {line.split("  ")[0] for line in lines}
     assert {"packed weights", "adapters", "moments", "pages", "kept activations", "peak"} <= heads
 
@@ -76,8 +78,51 @@ def test_a_run_is_warned_and_not_refused(world, capsys):
     assert "may not fit: plan of LlamaForCausalLM" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def with_code(world, tmp_path_factory):
+    """The base beside a Python file, which nobody runs."""
+    directory = tmp_path_factory.mktemp("code") / "base"
+    shutil.copytree(world / "base", directory)
+    (directory / "modeling_x.py").write_text("raise SystemExit")
+    return directory
+
+
+def test_a_directory_with_code_is_planned_if_it_is_trusted(with_code):
+    assert "--trust-remote-code" in refusal("plan", with_code, *SETTINGS)
+    found = command("plan", with_code, *SETTINGS, "--gpu-gib", "80", "--trust-remote-code")
+    assert found.code == 0, (found.text, found.fault)
+    assert next_command(found.text)[-1] == "--trust-remote-code"
+
+
+def test_train_trusts_code_in_its_plan_and_in_its_warning_as_in_loading(world, with_code, monkeypatch):
+    trusted = []
+
+    def shown(*_, trust_remote_code, **__):
+        trusted.append(trust_remote_code)
+        return 0
+
+    def warned(*_, trust_remote_code, **__):
+        trusted.append(trust_remote_code)
+        raise TaskError(where="here", expected="no more", got="enough", do="Stop.")
+
+    planning = importlib.import_module("qerl_compile.cli.plan")  # the package has a function of that name
+    monkeypatch.setattr(planning, "show_plan", shown)
+    monkeypatch.setattr(planning, "warn_if_too_large", warned)
+    task = ["--task", f"{world}/sums.jsonl:held_out=0.3", "--reward", f"{world}/rewards.py:low"]
+    words = ["train", with_code, *task, "-o", world / "trusted", *tiny(), "--trust-remote-code"]
+    assert command(*words, "--plan").code == 0
+    assert "here: expected no more" in command(*words).text
+    assert trusted == [True, True]
+
+
 def test_a_faulty_recipe_is_refused_before_anything_is_planned(world):
     assert "train.group_size" in refusal("plan", world / "base", "--set", "train.group_size=1")
+
+
+def test_sequences_beyond_the_models_positions_are_refused(world):
+    said = refusal("plan", world / "base", "--prompt-tokens", "100000")
+    assert "positions" in said
+    assert "100000 and up to" in said
 
 
 def test_the_recipe_may_follow_the_model(world):
@@ -109,10 +154,31 @@ def test_train_with_plan_predicts_prints_the_command_without_it_and_writes_nothi
     assert quiet.text == ""
 
 
-def test_a_run_whose_graphs_cannot_be_predicted_goes_on(world, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [GraphError, CheckpointError])
+def test_a_run_that_cannot_be_predicted_goes_on(world, monkeypatch, capsys, kind):
     def fails(*_, **__):
-        raise GraphError(where="layer 0", expected="a graph", got="none", do="Nothing.")
+        raise kind(where="layer 0", expected="a graph", got="none", do="Nothing.")
 
     monkeypatch.setattr(footprint, "Predictor", fails)
     warn_if_too_large(str(world / "base"), Recipe.named("qerl-nvfp4-aqn"), device_bytes=GIB)
     assert "not predicted whether it fits: layer 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gib", ["inf", "nan", "1e30", "0", "-5"])
+def test_a_gpu_of_no_size_that_there_is_is_refused(world, gib):
+    refused = command("plan", world / "base", *SETTINGS, f"--gpu-gib={gib}")
+    assert refused.code == 2
+    said = " ".join(refused.text.split())
+    assert "expected a number of GiB from 0.1 to 1000000" in said
+    assert f"got {float(gib):g}" in said
+
+
+def test_without_weights_the_last_line_says_so_and_names_no_command(world, tmp_path):
+    shutil.copy(world / "base" / "config.json", tmp_path)
+    found = command("plan", tmp_path, *SETTINGS, "--gpu-gib", "80")
+    assert found.code == 0, (found.text, found.fault)
+    before, last = found.text.splitlines()[-2:]
+    assert before.endswith("nothing was written")
+    assert last == f"missing  weights: nothing loads or trains {tmp_path} before its safetensors files are there"
+    plan = json.loads(command("plan", tmp_path, *SETTINGS, "--gpu-gib", "80", "--json").text)
+    assert plan["lacks_weights"]

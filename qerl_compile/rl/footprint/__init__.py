@@ -4,6 +4,7 @@ prediction.py          the sum: after load, rollout, update
 resident.py            what a transformed model holds, counted on a model without weights
 layer_graphs.py        one layer of each kind, compiled up to code generation
 liveness.py            what of such a graph lives when
+operator_scratch.py    what an operator allocates within a call
 planned_attention.py   attention as a GPU's kernels hold it
 fitting.py             which one setting makes it fit
 """

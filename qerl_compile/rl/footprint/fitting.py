@@ -1,7 +1,7 @@
 """Which setting makes a run fit, and the refusal that names it.
 
-Settings are tried one at a time, in the order of what they cost; each from its present value down by halves, and the
-first value that fits is the answer:
+Settings are tried one at a time, in the order of what they cost; each from its present value down by halves
+(rollout_memory_gib by eighths of what the pages take), and the first value that fits is the answer:
 
     rollout_batch, rollout_memory_gib   fewer rows at a time: a rollout takes longer. To a quarter at first
     rollout_cache=freed                 pages are given back for the update; graphs are captured anew each step
@@ -10,6 +10,8 @@ first value that fits is the answer:
     rollout_batch, rollout_memory_gib   down to one row
     optimizer=adamw_8bit                moments in 8 bits; needs bitsandbytes
     max_new_tokens                      another task; the last resort, down to 64
+
+Where the pages have no room for one prompt and one completion, rollout_memory_gib is raised to what these take instead.
 
 Where no single one is enough, each is tried together with recompute=true; other pairs are not.
 
@@ -22,7 +24,7 @@ from typing import Any
 
 from qerl_compile.errors import ModelError
 from qerl_compile.recipe import TrainConfig
-from qerl_compile.rl.footprint.prediction import GIB, OUTSIDE_BYTES, Footprint, Predictor
+from qerl_compile.rl.footprint.prediction import GIB, Footprint, Predictor
 
 LEAST_NEW_TOKENS = 64
 
@@ -76,8 +78,8 @@ def refuse_too_large(predictor: Predictor, footprint: Footprint, *, prompt_token
     fit = fitting(predictor, footprint.device_bytes, prompt_tokens=prompt_tokens)
     raise ModelError(
         where=f"plan of {footprint.model}",
-        expected=f"a peak within {gib(footprint.device_bytes - OUTSIDE_BYTES)} of a GPU with "
-        f"{gib(footprint.device_bytes)}, since {gib(OUTSIDE_BYTES)} stay outside torch's reach",
+        expected=f"a peak within {gib(footprint.device_bytes - footprint.outside)} of a GPU with "
+        f"{gib(footprint.device_bytes)}, since {gib(footprint.outside)} stay outside torch's reach",
         got=_shortfall(footprint),
         do=f"Set {' and '.join(fit.overrides)}, with which the peak is {gib(fit.footprint.peak)}."
         if fit
@@ -94,7 +96,7 @@ def _shortfall(footprint: Footprint) -> str:
 
 
 def _nothing(footprint: Footprint) -> str:
-    if footprint.device_bytes is not None and footprint.after_load + OUTSIDE_BYTES > footprint.device_bytes:
+    if footprint.device_bytes is not None and footprint.after_load + footprint.outside > footprint.device_bytes:
         return f"Use a larger GPU, since weights and adapters alone take {gib(footprint.after_load)}."
     return "Use a larger GPU or a smaller model, since no setting and no pair of settings is enough."
 

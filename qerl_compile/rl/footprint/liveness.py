@@ -11,6 +11,8 @@ caller reads it, or if several read it and one of them stands behind such a node
 from lives until it is used. Views are no memory but keep their base alive. This is the rule of thumb of a fusing
 compiler and not its scheduler, which orders nodes for less memory still.
 
+What a call allocates and frees within itself lives at its node alone; operator_scratch.py knows it.
+
 What this module does not do: count what is there anyway (weights, adapters): inputs with fixed sizes are not buffers
 unless the caller says so.
 """
@@ -22,8 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-Bytes = Callable[[Mapping[str, int]], int]
-"""Bytes as a function of the symbolic sizes' values."""
+from qerl_compile.rl.footprint.operator_scratch import scratch_of
 
 GRAIN = 512
 """CUDA's caching allocator hands out multiples of this."""
@@ -134,6 +135,7 @@ class Liveness:
                     found.append(Buffer(node, value, 0, last.get(node, 0)))
             elif self._in_memory(node):
                 found += self._of_call(node, value, last)
+                found += (Buffer(node, each, self.at[node], self.at[node]) for each in scratch_of(node))
         return found
 
     def _of_call(self, node: fx.Node, value: Any, last: Mapping[fx.Node, int]) -> list[Buffer]:

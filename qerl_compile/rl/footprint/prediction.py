@@ -8,7 +8,7 @@
 
 Peaks are those of a step in the middle of a run, when moments exist; before the first optimizer step they do not. The
 figures are what `torch.cuda.max_memory_allocated` counts. The driver's context and the allocator's holes come on top
-(`OUTSIDE_BYTES`), and what fits is judged with them.
+(`OUTSIDE_BYTES`), and what fits is judged with them; so is what captured decode steps keep of a stack of experts.
 
 Completions are taken to run to `max_new_tokens`. Shorter ones make micro-batches of more rows, up to
 `micro_batch_tokens`: `training_most` is the update's peak then.
@@ -89,7 +89,12 @@ class Footprint:
         if self.device_bytes is None:
             return 0
         missing = max(0, self.pages_least - self.rollout["pages"])
-        return max(0, self.peak + missing + OUTSIDE_BYTES - self.device_bytes)
+        return max(0, self.peak + missing + self.outside - self.device_bytes)
+
+    @property
+    def outside(self) -> int:
+        """Bytes of the device that torch's count leaves out."""
+        return OUTSIDE_BYTES + self.held.captured
 
     @property
     def phase(self) -> str:
@@ -98,7 +103,12 @@ class Footprint:
 
 
 def predict(
-    model_or_config: Any, recipe: Any, device_bytes: int | None = None, *, prompt_tokens: int = 256
+    model_or_config: Any,
+    recipe: Any,
+    device_bytes: int | None = None,
+    *,
+    prompt_tokens: int = 256,
+    trust_remote_code: bool = False,
 ) -> Footprint:
     """Predict the memory of training a model.
 
@@ -107,22 +117,42 @@ def predict(
         recipe: as for `load`; its `train` settings decide.
         device_bytes: memory of the GPU; None takes that of the present one, or no limit without one.
         prompt_tokens: tokens of a prompt, which no recipe knows.
+        trust_remote_code: as for `load`.
 
     Raises:
         RecipeError, FormatError, GraphError, CheckpointError, ModelError: as `load`.
     """
-    return Predictor(model_or_config, Recipe.resolve(recipe)).footprint(device_bytes, prompt_tokens=prompt_tokens)
+    predictor = Predictor(model_or_config, Recipe.resolve(recipe), trust_remote_code=trust_remote_code)
+    return predictor.footprint(device_bytes, prompt_tokens=prompt_tokens)
 
 
 class Predictor:
-    """A model and a recipe whose graphs are captured once, for predictions under several settings."""
+    """A model and a recipe whose graphs are captured once, for predictions under several settings.
 
-    def __init__(self, model_or_config: Any, recipe: Recipe, *, adapter: str | PathLike[str] | None = None) -> None:
+    Args:
+        model_or_config: as for `predict`.
+        recipe: what is done to it.
+        adapter: directory of an adapter to start from.
+        trust_remote_code: as for `load`.
+
+    Raises:
+        RecipeError, FormatError, GraphError, CheckpointError, ModelError: as `load`.
+    """
+
+    def __init__(
+        self,
+        model_or_config: Any,
+        recipe: Recipe,
+        *,
+        adapter: str | PathLike[str] | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.recipe = recipe
-        model, packed = source_of(model_or_config)
+        source = source_of(model_or_config, trust_remote_code=trust_remote_code)
+        model, self.lacks_weights = source.model, source.lacks_weights
         self.name = type(model).__name__
-        self.skeleton = skeleton(model, recipe, packed, adapter)
-        self.shape = CacheShape.of(model, PAGE_TOKENS["cuda"])
+        self.shape = CacheShape.of(model, PAGE_TOKENS["cuda"])  # first: its refusals are plainer than a graph's
+        self.skeleton = skeleton(source, recipe, adapter)
         config = model.config.get_text_config()
         self.width, self.vocabulary = config.hidden_size, config.vocab_size
         self._graphs: dict[bool, list[TrainingGraphs]] = {}

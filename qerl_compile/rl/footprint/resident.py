@@ -8,11 +8,14 @@ formula for packed weights, ghosts, fused storage or stacked adapters is kept a 
     dense      embeddings, head, norms, biases, noise, and linears that stay in 16 bits
     adapters   lora_A, lora_B and trained norms, float32
     stacked    what rollouts add: the adapters again, stacked and in the model's dtype
+    scratch    the largest packed matrix in the model's dtype, which stays once many tokens were multiplied with it; a
+               stack of experts is decoded as a whole and for one call, which operator_scratch.py counts
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +23,21 @@ from torch import nn
 
 from qerl_compile.adapter_reading import adapter_norms
 from qerl_compile.attach import attach_shapes
+from qerl_compile.checkpoint_dir import CheckpointDirectory
 from qerl_compile.errors import ModelError
-from qerl_compile.loading import adapter_sites
+from qerl_compile.layouts import Layout
+from qerl_compile.loading import adapter_sites, refuse_uncalled
 from qerl_compile.model import TransformState, become_qerl
 from qerl_compile.plan import Plan, make_plan
 from qerl_compile.recipe import Recipe
 from qerl_compile.regions import kind
 from qerl_compile.rl.footprint.layer_graphs import LayerCall, layer_calls
 from qerl_compile.rl.footprint.liveness import rounded
+from qerl_compile.rl.footprint.operator_scratch import decodes_whole
 from qerl_compile.stacked_adapters import attach_stacked_adapters
+
+WEIGHTS = (".safetensors", ".gguf")
+"""Files whose presence says that weights are meant to be there: then they must be such as `load` reads."""
 
 PACKED = (torch.uint8, torch.float8_e4m3fn)  # codes and block scales, whatever they are called
 
@@ -58,7 +67,14 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class Held:
-    """What a model holds, in bytes; see the module's essay. `trained` counts elements that the optimizer moves."""
+    """What a model holds, in bytes; see the module's essay.
+
+    Args:
+        packed, dense, adapters, stacked, scratch: as there.
+        trained: elements that the optimizer moves.
+        captured: what captured decode steps keep from everybody else: the largest stack of experts, decoded, in the
+            graphs' own pool. torch counts it as free; it is 0 without packed experts.
+    """
 
     packed: int
     dense: int
@@ -66,6 +82,7 @@ class Held:
     stacked: int
     trained: int
     scratch: int
+    captured: int
 
     @property
     def after_load(self) -> int:
@@ -90,34 +107,44 @@ class Skeleton:
     held: Held
 
 
-def source_of(model_or_config: Any) -> tuple[Any, frozenset[str]]:
-    """Return a causal LM on meta, and which of its linears come packed.
+@dataclass(frozen=True)
+class Source:
+    """What a prediction is about.
+
+    Args:
+        model: a causal LM on meta.
+        checkpoint: the judged directory of its weights; None if there is none, or only a config.
+        layout: what of that is packed.
+        lacks_weights: a local directory without any, from which `load` would not get a model.
+    """
+
+    model: Any
+    checkpoint: CheckpointDirectory | None = None
+    layout: Layout = field(default_factory=lambda: Layout("dense"))
+    lacks_weights: bool = False
+
+
+def source_of(model_or_config: Any, *, trust_remote_code: bool = False) -> Source:
+    """Return a causal LM on meta, and what its directory says of its weights.
 
     Args:
         model_or_config: a model directory, which may lack the weights, hub id or "smollm2"; a transformers config; or
             a causal LM on meta, which is changed.
+        trust_remote_code: as for `load`.
 
     Raises:
-        CheckpointError: as `load` of this directory.
+        CheckpointError: as `load` of this directory; of a hub id whose weights were not fetched, as far as its config
+            and its index show.
         ModelError: a model with weights in memory.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-    from qerl_compile.checkpoint_config import read_config
-    from qerl_compile.checkpoint_dir import open_checkpoint
-    from qerl_compile.layouts import layout_of
-    from qerl_compile.loading import meta_model, model_directory
-
-    packed: frozenset[str] = frozenset()
     if isinstance(model_or_config, (str, PathLike)):
-        root = model_directory(model_or_config, weights=False)
-        config = read_config(root, [file.name for file in root.iterdir()], trust_remote_code=False)
-        if "quantization_config" in config or any(root.glob("*.safetensors")):
-            checkpoint = open_checkpoint(model_directory(model_or_config))  # names and shapes say what is packed
-            root, packed = checkpoint.root, frozenset(layout_of(checkpoint).linears)
-        model = meta_model(root, None)
-    elif isinstance(model_or_config, PreTrainedConfig):
+        source = _from_directory(model_or_config, trust_remote_code=trust_remote_code)
+        source.model.to("meta").eval()
+        return source
+    if isinstance(model_or_config, PreTrainedConfig):
         with init_empty_weights(include_buffers=False):
             dtype = model_or_config.dtype or torch.bfloat16
             model = AutoModelForCausalLM.from_config(model_or_config, dtype=dtype)
@@ -131,28 +158,54 @@ def source_of(model_or_config: Any) -> tuple[Any, frozenset[str]]:
                 do="Pass model.config.",
             )
     model.tie_weights()
-    return model.to("meta").eval(), packed
+    return Source(model.to("meta").eval())
 
 
-def skeleton(
-    model: Any, recipe: Recipe, packed: frozenset[str] = frozenset(), adapter: str | PathLike[str] | None = None
-) -> Skeleton:
+def _from_directory(path_or_id: str | PathLike[str], *, trust_remote_code: bool) -> Source:
+    """Judge a directory as `load` does, as far as it is there: weights need not be."""
+    from qerl_compile.checkpoint_config import read_config
+    from qerl_compile.checkpoint_dir import INDEX, listed_tensors, open_checkpoint
+    from qerl_compile.checkpoint_entries import checked_entries
+    from qerl_compile.layouts import layout_of
+    from qerl_compile.layouts.modelopt import BESIDE
+    from qerl_compile.loading import check_names, check_tensors, meta_model, model_directory
+
+    root = model_directory(path_or_id, weights=False)
+    local = Path(path_or_id).is_dir()
+    files = checked_entries(root, trust_remote_code=trust_remote_code)
+    config = read_config(root, files, trust_remote_code=trust_remote_code)
+    weights = any(name.endswith(WEIGHTS) for name in files)
+    if "quantization_config" in config or BESIDE in files or weights or (local and INDEX in files):
+        # Names and shapes say what is packed, so those of a hub id are fetched.
+        checkpoint = open_checkpoint(model_directory(path_or_id), trust_remote_code=trust_remote_code)
+        layout, model = layout_of(checkpoint), meta_model(checkpoint.root, None)
+        check_tensors(model, checkpoint, layout)
+        return Source(model, checkpoint, layout)
+    model = meta_model(root, None)
+    if INDEX in files:
+        check_names(model, listed_tensors(root), where=str(root / INDEX))
+    return Source(model, lacks_weights=local)
+
+
+def skeleton(source: Source, recipe: Recipe, adapter: str | PathLike[str] | None = None) -> Skeleton:
     """Transform a model on meta, in place.
 
     Args:
-        model: a causal LM on meta.
+        source: the model, and which of its linears a checkpoint holds packed already.
         recipe: what is done to it; rules that need sample text count as followed.
-        packed: linears that a checkpoint holds packed already.
         adapter: directory of an adapter to start from, whose ranks replace the lora rules.
 
     Raises:
         RecipeError, FormatError, GraphError, CheckpointError: as `load`.
     """
+    model, packed = source.model, frozenset(source.layout.linears)
     sites = norms = None
     if adapter is not None:
         sites = adapter_sites(adapter)
         norms = adapter_norms(adapter) or None
     plan = make_plan(model, recipe, packed=packed, adapters=sites, trained_norms=norms, calibrating=True)
+    if source.checkpoint is not None:
+        refuse_uncalled(source.checkpoint, source.layout, plan)
     alike: dict[tuple[object, ...], list[str]] = {}
     for path in plan.layers:
         alike.setdefault((kind(model.get_submodule(path)), plan.kind(path)), []).append(path)
@@ -165,7 +218,8 @@ def skeleton(
     kinds = tuple(_layer_kind(model, plan, paths, calls[paths[0]]) for paths in alike.values())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     stacked = sum(_bytes([model]).values()) - sum(before.values())
-    held = Held(**before, stacked=stacked, trained=trained, scratch=_largest_dense(model))
+    scratch, captured = _largest_decoded(model)
+    held = Held(**before, stacked=stacked, trained=trained, scratch=scratch, captured=captured)
     return Skeleton(model, state, kinds, held)
 
 
@@ -195,8 +249,16 @@ def _bytes(roots: Iterable[nn.Module]) -> Mapping[str, int]:
     return found
 
 
-def _largest_dense(model: Any) -> int:
-    """Return the bytes of the largest packed matrix in the model's dtype: what is decoded into for many tokens."""
-    itemsize = model.get_input_embeddings().weight.dtype.itemsize
-    codes = (tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.dtype == torch.uint8)
-    return max((2 * itemsize * codes_NK2.shape[-2] * codes_NK2.shape[-1] for codes_NK2 in codes), default=0)
+def _largest_decoded(model: Any) -> tuple[int, int]:
+    """Return bytes in the model's dtype: of the largest packed matrix, and of the largest stack decoded as a whole."""
+    dtype = model.get_input_embeddings().weight.dtype
+    matrix = stack = 0
+    for codes in [*model.parameters(), *model.buffers()]:
+        if codes.dtype != torch.uint8:
+            continue
+        rows, bytes_in = codes.shape[-2:]
+        if codes.dim() == 3 and decodes_whole(rows, dtype):
+            stack = max(stack, 2 * dtype.itemsize * codes.numel())
+        else:
+            matrix = max(matrix, 2 * dtype.itemsize * rows * bytes_in)
+    return matrix, stack

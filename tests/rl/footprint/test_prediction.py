@@ -1,9 +1,14 @@
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
+from qerl_compile import loading
 from qerl_compile.errors import CheckpointError, ModelError
+from qerl_compile.formats.nvfp4 import quantize
+from qerl_compile.loading import load
 from qerl_compile.recipe import Recipe
-from qerl_compile.rl.footprint import Predictor, predict
+from qerl_compile.rl.footprint import Predictor, predict, resident
 from qerl_compile.rl.footprint.fitting import candidates, fitting, refuse_too_large
 from qerl_compile.rl.footprint.liveness import rounded
 from qerl_compile.rl.footprint.prediction import OUTSIDE_BYTES
@@ -12,7 +17,7 @@ from qerl_compile.rl.rollout.memory import Workload
 from qerl_compile.rl.rollout.paged import PagedSampler
 from qerl_compile.stacked_adapters import attach_stacked_adapters
 from qerl_compile.transforming import transform
-from tests.models import SOME_FAMILIES, tiny_model
+from tests.models import SIZES, SOME_FAMILIES, tiny_model
 
 TRAIN = (
     "train.prompts_per_step=4", "train.group_size=4", "train.max_new_tokens=448", "train.eval_size=4",
@@ -27,6 +32,20 @@ def held_bytes(model):
     tensors = [*model.parameters(), *model.buffers()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(map(rounded, storages.values()))
+
+
+def mixtral(directory):
+    """As it is published: transformers renames router and experts as it reads."""
+    sizes = {**SIZES, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).save_pretrained(
+        directory, max_shard_size="40KB"
+    )
+
+
+def mixtral_without_shards(directory):
+    mixtral(directory)
+    for shard in directory.glob("*.safetensors"):
+        shard.unlink()
 
 
 def wide_model():
@@ -49,7 +68,7 @@ def test_bytes_after_load_and_of_stacked_adapters_are_those_of_a_real_model(fami
     model = transform(tiny_model(family, dtype=torch.bfloat16), name, inner="eager")
     before = held_bytes(model)
     attach_stacked_adapters(model)
-    held = skeleton(source_of(model.config)[0], Recipe.named(name)).held
+    held = skeleton(source_of(model.config), Recipe.named(name)).held
     assert held.after_load == pytest.approx(before, rel=1e-3)
     assert held.after_load + held.stacked == pytest.approx(held_bytes(model), rel=1e-3)
     assert held.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -171,10 +190,11 @@ def test_a_model_whose_weights_do_not_fit_wants_a_larger_gpu(predictor):
 def test_a_directory_is_planned_before_its_weights_are_there(tmp_path):
     model = wide_model()
     model.config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")  # a hub id's, of which only JSON was fetched
-    empty, packed = source_of(tmp_path)
-    assert not packed
-    assert {name: t.shape for name, t in empty.named_parameters()} == {n: t.shape for n, t in model.named_parameters()}
+    source = source_of(tmp_path)
+    assert source.lacks_weights
+    assert not source.layout.linears
+    shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+    assert {name: tensor.shape for name, tensor in source.model.named_parameters()} == shapes
 
 
 def test_a_directory_that_is_packed_is_not_planned_without_its_tensors(tmp_path):
@@ -183,6 +203,97 @@ def test_a_directory_that_is_packed_is_not_planned_without_its_tensors(tmp_path)
     config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "modelopt"},', 1))
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         source_of(tmp_path)
+
+
+def test_a_packed_directory_beside_whose_config_lies_modelopts_is_not_planned_as_dense(tmp_path):
+    wide_model().config.save_pretrained(tmp_path)
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        source_of(tmp_path)
+
+
+def without_shards(directory):
+    wide_model().save_pretrained(directory, max_shard_size="400KB")
+    shards = list(directory.glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        shard.unlink()
+
+
+def with_gguf(directory):
+    wide_model().config.save_pretrained(directory)
+    (directory / "model-q4_k_m.gguf").write_bytes(b"GGUF")
+
+
+def with_pickle(directory):
+    wide_model().config.save_pretrained(directory)
+    (directory / "pytorch_model.bin").write_bytes(b"")
+
+
+def of_another_depth(directory):
+    tiny_model("llama", layers=1).save_pretrained(directory)
+    tiny_model("llama", layers=2).config.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (without_shards, r"every shard it names; got no 'model-00001-of-"),
+        (with_gguf, r"GGUF and pickles are not read"),
+        (with_pickle, r"'pytorch_model\.bin', which may be a pickle"),
+        (of_another_depth, r"every tensor of the model; got 9 missing: 'model\.layers\.1"),
+        (mixtral, r"got 1\d under names that only transformers' own loading maps"),
+    ],
+)
+def test_a_local_directory_that_load_would_refuse_is_refused_in_its_words(tmp_path, make, words):
+    make(tmp_path)
+    with pytest.raises(CheckpointError, match=words) as planned:
+        source_of(tmp_path)
+    with pytest.raises(CheckpointError) as loaded:
+        load(tmp_path, inner="eager", device="cpu")
+    assert str(planned.value) == str(loaded.value)
+
+
+def test_of_a_hub_id_the_index_alone_says_which_names_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "model_directory", lambda path_or_id, *, weights=True: tmp_path / path_or_id)
+    for name, make in (("qwen", without_shards), ("mixtral", mixtral_without_shards)):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name)
+    source = source_of("qwen")
+    assert source.checkpoint is None
+    assert not source.lacks_weights  # `load` fetches them
+    with pytest.raises(CheckpointError, match=r"index\.json: expected tensors under the names that MixtralForCausalLM"):
+        source_of("mixtral")
+
+
+def test_packed_weights_that_no_layer_multiplies_with_are_refused_as_by_load(tmp_path, monkeypatch):
+    """No model here has any, so the plan is made as if o_proj were not called."""
+    tiny_model("llama", layers=1, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    path = "model.layers.0.self_attn.o_proj"
+    packed = quantize(tensors.pop(f"{path}.weight"))
+    tensors |= {
+        f"{path}.weight_packed": packed.codes_NK2,
+        f"{path}.weight_scale": packed.block_decode_scale_NG,
+        f"{path}.weight_global_scale": packed.global_scale,
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = source_of(tmp_path)
+    assert set(source.layout.linears) == {path}
+    make_plan = resident.make_plan
+    monkeypatch.setattr(
+        resident, "make_plan", lambda *given, packed, **options: make_plan(*given, packed=packed - {path}, **options)
+    )
+    with pytest.raises(CheckpointError, match=f"1 that none calls: '{path}'"):
+        skeleton(source, Recipe())
+
+
+def test_code_in_a_directory_is_refused_unless_it_is_trusted(tmp_path):
+    wide_model().config.save_pretrained(tmp_path)
+    (tmp_path / "modeling_x.py").write_text("raise SystemExit")
+    with pytest.raises(CheckpointError, match=r"--trust-remote-code"):
+        predict(tmp_path, recipe())
+    assert source_of(tmp_path, trust_remote_code=True).lacks_weights
 
 
 def test_a_model_with_weights_is_refused():
