@@ -26,6 +26,7 @@ from qerl_compile.errors import GraphError, ModelError
 from qerl_compile.expert_filling import PackedFilling
 from qerl_compile.formats.nvfp4 import BLOCK, PackedNVFP4
 from qerl_compile.graph import clear_owner, held_tensor, leaf_tensor, set_owner
+from qerl_compile.isolation import captured_by_others
 from qerl_compile.passes import Experts, LoRA, Noise, Quantize, Sparsify, TrainedNorms
 from qerl_compile.passes.adapt import DERIVED as OF_ROLLOUTS
 from qerl_compile.passes.experts import PackedStack, link_stack, refresh, unlink_stack
@@ -216,7 +217,7 @@ class _RefuseEagerCall:
         self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or captured_by_others():
             raise GraphError(
                 where=self.path,
                 expected="a call from inside a rewritten graph",

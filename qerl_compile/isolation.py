@@ -9,6 +9,7 @@ import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,22 +18,38 @@ RECOMPILE_LIMIT = 64
 """Graphs per kind of region: gradients or none, batch 1 or more, one token or more, caches."""
 
 _serial = itertools.count()
+_ours = False
+"""Whether a call of `isolated` is being captured or running."""
 
 
 def isolated(function: Callable[..., Any], backend: Callable[..., Any] | str) -> Callable[..., Any]:
     """Compile a private copy of a Python `function` as one graph per set of guards."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     private = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}  # torch's overloads do not list it yet
-        return torch.compile(private, backend=backend, fullgraph=True, **limit)
-    compiled = torch.compile(private, backend=backend, fullgraph=True)  # torch < 2.13
+    newer = "recompile_limit" in inspect.signature(torch.compile).parameters  # from torch 2.13 on
+    limit: dict[str, Any] = (
+        {"recompile_limit": RECOMPILE_LIMIT} if newer else {}
+    )  # torch's overloads do not list it yet
+    compiled = torch.compile(private, backend=backend, fullgraph=True, **limit)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            return compiled(*args, **kwargs)
+        global _ours
+        before, _ours = _ours, True
+        try:
+            with nullcontext() if newer else torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                return compiled(*args, **kwargs)
+        finally:
+            _ours = before
 
     return call
+
+
+def captured_by_others() -> bool:
+    """Whether code is being captured by a compiler that knows none of our passes, such as torch.compile(model).
+
+    Only `isolated` is ours. Another would take packed weights for their ghosts, which are NaN, and see no adapters.
+    """
+    return torch.compiler.is_compiling() and not _ours
 
 
 def mark_dynamic(tensor: torch.Tensor, dims: Iterable[int]) -> None:

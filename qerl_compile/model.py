@@ -3,7 +3,9 @@
 `transform` swaps `model.__class__` for a subclass with the same name, as FSDP2 does, so the result is still
 `isinstance(model, LlamaForCausalLM)` and everything that is not listed here is Hugging Face's own code:
 
-    forward            as before; with `decode="whole"`, calls that carry a cache run as one graph
+    forward            as before; with `decode="whole"`, calls that carry a cache run as one graph. Another compiler
+                       (torch.compile of the model, or what `generate` starts for a static cache on a GPU) breaks its
+                       graph there: it knows no passes
     to, half, cuda …   a move to a device moves what is owned and derives the links anew; a change of dtype is refused,
                        since it would cast block scales and adapters
     copy.deepcopy      copies what is owned, derives the links, compiles afresh
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from qerl_compile.attach import link, unlink
 from qerl_compile.backend import GraphCompiler
 from qerl_compile.errors import ModelError
+from qerl_compile.isolation import captured_by_others
 from qerl_compile.passes.quantize import CACHE_SCALES
 from qerl_compile.peft_face import peft_class
 from qerl_compile.plan import Plan
@@ -148,6 +151,8 @@ def become_qerl(model: nn.Module, state: TransformState) -> None:
 def _subclass(cls: type[nn.Module], *, adapted: bool) -> type[nn.Module]:
     @functools.wraps(cls.forward)  # generate() and trainers read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if captured_by_others():
+            return _as_it_is(forward, self, args, kwargs)
         whole = self.__dict__.get("_qerl_whole")
         cached = kwargs.get("past_key_values") is not None
         if whole is not None and cached and not torch.compiler.is_compiling():
@@ -156,6 +161,11 @@ def _subclass(cls: type[nn.Module], *, adapted: bool) -> type[nn.Module]:
 
     body = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return (peft_class if adapted else type)(cls.__name__, (QerlModel, cls), body)
+
+
+@torch._dynamo.disable(reason="a transformed model has compiled calls of its own")
+def _as_it_is(forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return forward(model, *args, **kwargs)
 
 
 def _refuse_cast(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:

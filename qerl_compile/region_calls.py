@@ -218,7 +218,7 @@ def _as_of_a_later_layer(hidden: Any) -> Any:
     """Return the input [B, T, D] of a region that trains as one that needs a gradient; see the essay."""
     if not isinstance(hidden, Tensor) or hidden.requires_grad or not hidden.is_floating_point():
         return hidden
-    return hidden.detach().requires_grad_()
+    return (hidden.clone() if hidden.is_inference() else hidden.detach()).requires_grad_()
 
 
 class LayerCache:

@@ -12,6 +12,7 @@ Nothing is ever overwritten: a NAME that exists is refused, before the work and 
 module does not do: checksums, retention of old directories, writers on several machines.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -31,7 +32,7 @@ def staged_directory(out_dir: str | PathLike[str]) -> Iterator[Path]:
         out_dir: must not exist. Missing parents are made.
 
     Raises:
-        ExportError: `out_dir` exists, or its parent cannot hold it.
+        ExportError: `out_dir` exists, its parent cannot hold it, or the disk refuses what is written.
     """
     final = Path(out_dir).absolute()
     refuse_existing(final)
@@ -51,10 +52,32 @@ def staged_directory(out_dir: str | PathLike[str]) -> Iterator[Path]:
         _sync_tree(stage)
         refuse_existing(final)
         stage.rename(final)
-    except BaseException:  # KeyboardInterrupt too: half-written files must not stay
+    except BaseException as fault:  # KeyboardInterrupt too: half-written files must not stay
         shutil.rmtree(stage, ignore_errors=True)
-        raise
+        if not _is_of_disk(fault):
+            raise
+        raise ExportError(
+            where=str(final),
+            expected="room and permission for all files of a directory",
+            got=getattr(fault, "strerror", None) or str(fault),
+            do="Make room on that disk, or choose a directory on another; nothing was left behind.",
+        ) from fault
     sync(final.parent)
+
+
+def _is_of_disk(fault: BaseException) -> bool:
+    """Whether a disk is full, read-only or over quota; safetensors has an exception of its own for it."""
+    if isinstance(fault, OSError):
+        return fault.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EIO,
+            errno.EFBIG,
+        )
+    return type(fault).__name__ == "SafetensorError" and "os error" in str(fault)
 
 
 def refuse_existing(out_dir: str | PathLike[str]) -> None:

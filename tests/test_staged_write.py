@@ -1,9 +1,11 @@
 """A directory appears whole or not at all, with its bytes on disk before its name."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from qerl_compile.errors import ExportError
 from qerl_compile.staged_write import refuse_existing, staged_directory
@@ -25,6 +27,24 @@ def test_the_directory_appears_only_when_the_block_ends(tmp_path):
 @pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt])
 def test_a_writer_that_fails_leaves_nothing(tmp_path, fault):
     with pytest.raises(fault), staged_directory(tmp_path / "out") as stage:
+        (stage / "a").write_text("1")
+        raise fault
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["the system's", "safetensors'"],
+)
+def test_a_full_disk_is_said_in_words_and_leaves_nothing(tmp_path, fault):
+    with (
+        pytest.raises(ExportError, match=r"out: expected room.*No space left.*Make room"),
+        staged_directory(tmp_path / "out") as stage,
+    ):
         (stage / "a").write_text("1")
         raise fault
     assert list(tmp_path.iterdir()) == []

@@ -15,9 +15,9 @@ The rules (`Extractor`):
 For `final`, `marked` and `last_number`, thoughts do not count: the text after the last `</think>` is read, and a
 `<think>` that was never closed leaves no answer.
 
-A number here is digits with optional sign, thousands commas and decimals. A minus is a sign only where it cannot be a
-subtraction: `9 -5` holds 9 and 5, `is -5` and `(-5)` hold -5. Powers of ten (`1e5`), digits glued to letters (`x2`) and
-numbers of more than 400 characters are not numbers.
+A number here is digits with optional sign, thousands commas (LaTeX's too, `1{,}234`) and decimals. A minus is a sign
+only where it cannot be a subtraction: `9 -5` holds 9 and 5, `is -5` and `(-5)` hold -5. Powers of ten (`1e5`), digits
+glued to letters (`x2`) and numbers of more than 400 characters are not numbers.
 """
 
 import re
@@ -35,6 +35,10 @@ NUMBER = re.compile(
 )
 _ANSWER_TAG = re.compile(r"<(/?)answer>", flags=re.IGNORECASE)
 _BRACE = re.compile(r"\\boxed\{|[{}]")
+
+
+_SEPARATOR = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[!,]|\\[!,],)(?=[0-9]{3}(?![0-9]))")
+"""Between thousands in LaTeX: 1{,}234, 1,\\!234, 1\\!,234 and 1\\,234."""
 
 
 def default_extractor(assistant_prefix: str | None) -> Extractor:
@@ -73,7 +77,7 @@ def extract(text: str, how: Extractor = "final", *, numeric: bool = True) -> str
 
 def numbers(text: str) -> list[str]:
     """Every number of `text` in order, in plain form: `-7`, `1000`, `0.5`."""
-    text = text.replace("\u2212", "-")  # the typographic minus sign
+    text = _plain(text)
     found = []
     for match in NUMBER.finditer(text):
         digits = match["digits"].replace(",", "")
@@ -82,6 +86,11 @@ def numbers(text: str) -> list[str]:
         negative = match["sign"] == "-" and not _sign_is_operator(text, match.start())
         found.append(("-" if negative else "") + ("0" if digits.startswith(".") else "") + digits)
     return found
+
+
+def _plain(text: str) -> str:
+    """Text with the typographic minus sign and LaTeX's separators of thousands as a keyboard has them."""
+    return _SEPARATOR.sub(",", text.replace("\u2212", "-"))
 
 
 def _sign_is_operator(text: str, at: int) -> bool:
@@ -93,14 +102,15 @@ def _sign_is_operator(text: str, at: int) -> bool:
 def last_marked(text: str, *, numeric: bool) -> str | None:
     """The content of the last answer tag, else the last box, else after the last `####`; None if unmarked.
 
-    With `numeric`, a `####` that no number follows is taken for what it is, a Markdown heading.
+    With `numeric`, a `####` that no number follows, or the number of a section (`#### 2. Answer`), is taken for what it
+    is, a Markdown heading.
     """
     content = last_tagged(text)
     if content is None:
         content = last_boxed(text)
     if content is not None:
         return content.strip()
-    start = r"[ \t]*(?=[-+$.]*[0-9])" if numeric else r"[ \t]*(?=\S)"
+    start = r"[ \t]*+(?=[-+$.]*[0-9])(?![0-9]++[.)][ \t]+\S)" if numeric else r"[ \t]*(?=\S)"
     lines = re.findall(rf"(?<!#)####(?!#){start}([^\n]*)", text)
     return lines[-1].strip() if lines else None
 
@@ -137,7 +147,7 @@ def after_thoughts(text: str) -> str | None:
 
 def to_number(text: str | None) -> Decimal | None:
     """`text` as an exact number when it is one number in the sense above and nothing else, else None."""
-    text = (text or "").strip().replace("\u2212", "-")
+    text = _plain((text or "").strip())
     match = NUMBER.fullmatch(text)
     if match is None or len(match["digits"]) > MAX_DIGITS:
         return None

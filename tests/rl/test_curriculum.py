@@ -5,6 +5,7 @@ import pytest
 from qerl_compile.errors import TaskError
 from qerl_compile.rl.tasks import Task, parse_task
 from qerl_compile.rl.tasks.curriculum import WINDOW, Curriculum
+from qerl_compile.rl.tasks.held_out import question_of
 
 
 class Count(Task):
@@ -48,6 +49,51 @@ def test_held_out_rows_are_of_every_stage_and_judged_by_their_own_task():
     assert [course.is_correct("b", row) for row in rows] == [False] * 3 + [True] * 2 + [False] * 2
     assert [row["prompt"] for row in course.held_out(1)] == ["a0"]
     assert len(course.held_out()) == 9
+
+
+def questions(course, rows):
+    """Of `rows` training rows of every stage."""
+    found = set()
+    for stage in range(len(course.stages)):
+        course.restore(stage, [])
+        found |= {question_of(course.train_row(1, position)) for position in range(rows)}
+    return found
+
+
+ONE_DIGIT = "rg:chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        f"{ONE_DIGIT} -> {ONE_DIGIT.replace('max_terms=2', 'max_terms=3')}",
+        f"{ONE_DIGIT},held_out=0.2 -> {ONE_DIGIT},held_out=0.6",
+    ],
+    ids=["stages that share questions", "stages with other shares"],
+)
+def test_no_stage_trains_on_what_another_is_evaluated_with_and_no_question_is_asked_twice(spec):
+    course = Curriculum.from_spec(spec)
+    held_out = [question_of(row) for row in course.held_out(40)]
+    assert len(set(held_out)) == len(held_out) == 40
+    assert not questions(course, 200) & set(held_out)
+    again = Curriculum.from_spec(spec)
+    again.restore(1, [])
+    assert [again.train_row(1, position) for position in range(9)] == course.train_rows(1, 0, 9)
+
+
+def test_a_stage_does_not_train_on_a_file_that_another_holds_out(tmp_path):
+    easy, hard, test = (tmp_path / f"{name}.jsonl" for name in ("easy", "hard", "test"))
+    rows = [f'{{"question": "what is {i} + 1?", "answer": {i + 1}}}' for i in range(60)]
+    easy.write_text("\n".join(rows))
+    test.write_text("\n".join(rows[:20]))
+    hard.write_text("\n".join(f'{{"question": "hard {i}", "answer": 1}}' for i in range(20)))
+    course = Curriculum.from_spec(f"{easy} -> {hard}:held_out={test}")
+    held_out = [question_of(row) for row in course.held_out()]
+    assert len(set(held_out)) == len(held_out) >= 20
+    assert not questions(course, 100) & set(held_out)
+    test.write_text("\n".join(rows))
+    with pytest.raises(TaskError, match="no other stage holds out"):
+        Curriculum.from_spec(f"{easy} -> {hard}:held_out={test}").train_row(1, 0)
 
 
 def test_it_goes_on_from_its_state():

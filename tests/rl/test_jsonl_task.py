@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from qerl_compile.errors import TaskError
+from qerl_compile.rl.answers import is_numeric_answer
 from qerl_compile.rl.tasks.jsonl import JsonlTask, read_row
 from qerl_compile.rl.tasks.task import parse_task
 
@@ -51,6 +52,15 @@ def test_gsm8k_rows_become_chat_prompts_with_the_number_as_answer(tmp_path: Path
 def test_what_follows_the_last_mark_is_the_answer(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "#### 5 is too few\n#### 6"}
     assert read_row(json.dumps(row), "here")["answer"] == "6"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [("0.00001", "0.00001"), ("1e16", "10000000000000000"), ("7.0", "7.0"), ("-3", "-3")]
+)
+def test_a_number_is_an_answer_that_can_be_given(number: str, text: str) -> None:
+    row = read_row(f'{{"question": "q", "answer": {number}}}', "here")
+    assert row["answer"] == text
+    assert is_numeric_answer(row["answer"])
 
 
 def test_thousands_commas_and_decimals_compare_as_numbers(tmp_path: Path) -> None:
@@ -113,6 +123,8 @@ BAD_LINES = [
     ("{", "one JSON object"),
     ("[1]", "a JSON object"),
     ('{"question": "q", "answer": NaN}', "NaN is not JSON"),
+    ('{"question": "q", "answer": 1e400}', "1e400 is more than a float holds"),
+    ('{"question": "a \\ud800 b", "answer": "1"}', "one JSON object"),
     ('{"question": "q", "answer": "1", "answer": "2"}', "a key occurs twice"),
     ('{"question": "q"}', "an answer"),
     ('{"question": "q", "answer": ""}', "an answer"),

@@ -4,7 +4,8 @@
 
 The decision hangs on rewards only, which every rank has alike, and its state is one stage and a short list of numbers,
 which a checkpoint holds. Evaluations are of all stages' held-out items together, so the curve of a run has one meaning
-from its first step to its last.
+from its first step to its last. No stage trains on a question that another holds out: such a row is drawn again, from a
+seed that follows from the first, so a row is still a function of seed and position.
 
     rg:chain_sum:max_digits=1 -> rg:chain_sum:max_digits=2 @0.9        two stages; the second from a reward of 0.9 on
 
@@ -18,11 +19,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qerl_compile.errors import TaskError
+from qerl_compile.rl.seeds import derive_seed
+from qerl_compile.rl.tasks.held_out import question_of
 from qerl_compile.rl.tasks.task import ARROW, Row, Task, parse_task
 
 WINDOW = 5
 ADVANCE_AT = 0.8
 STAGE = "curriculum_stage"
+TRIES = 1000
 
 
 class Curriculum(Task):
@@ -60,17 +64,32 @@ class Curriculum(Task):
         return cls([parse_task(stage.strip()) for stage in stages.split(ARROW)], advance_at)
 
     def train_row(self, seed: int, position: int) -> Row:
-        """A row of the current stage; positions go on counting across stages."""
-        return {**self.stages[self.stage].train_row(seed, position), STAGE: self.stage}
+        """A row of the current stage that no stage holds out; positions go on counting across stages.
+
+        Raises:
+            TaskError: the other stages hold out nearly all that this one trains on.
+        """
+        task = self.stages[self.stage]
+        others = [stage for stage in self.stages if stage is not task]
+        for attempt in range(TRIES):
+            row = task.train_row(derive_seed(seed, "again", attempt) if attempt else seed, position)
+            if not any(other.holds_out(row) for other in others):
+                return {**row, STAGE: self.stage}
+        raise TaskError(
+            where=task.spec,
+            expected=f"a question that no other stage holds out, within {TRIES} draws",
+            got="none",
+            do="Give the stages the same held_out share, or files that do not share questions.",
+        )
 
     def held_out(self, count: int | None = None) -> list[Row]:
         """Rows of every stage, `count` in all, as equally as that divides; the first stages get what is left over."""
-        rows: list[Row] = []
+        rows: dict[str, Row] = {}
         for stage, task in enumerate(self.stages):
             some = None if count is None else count // len(self.stages) + (stage < count % len(self.stages))
             if some != 0:
-                rows += [{**row, STAGE: stage} for row in task.held_out(some)]
-        return rows
+                rows |= {question: {**row, STAGE: stage} for question, row in _others(task, some, rows).items()}
+        return list(rows.values())
 
     def is_correct(self, answer: str | None, row: Row) -> bool:
         """As the task that the row came from judges it."""
@@ -95,6 +114,17 @@ class Curriculum(Task):
     def restore(self, stage: int, rewards: Sequence[float]) -> None:
         """Go on from a checkpoint."""
         self.stage, self._rewards = stage, deque(rewards, maxlen=WINDOW)
+
+
+def _others(task: Task, some: int | None, known: Mapping[str, Row]) -> dict[str, Row]:
+    """Return the first `some` held-out rows of a task, or all, whose questions are not known yet, by question."""
+    asked = some
+    while True:
+        found = {question_of(row): row for row in task.held_out(asked)}
+        fresh = {question: row for question, row in found.items() if question not in known}
+        if some is None or asked is None or len(fresh) >= some:
+            return dict(list(fresh.items())[:some])
+        asked += some - len(fresh)
 
 
 def join_tasks(specs: Sequence[str], advance_at: float | None = None) -> str:

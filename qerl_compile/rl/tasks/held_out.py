@@ -8,6 +8,8 @@ terms has 200 questions) that matters more than independent seeds, which would r
 """
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 from qerl_compile.errors import TaskError
 
@@ -17,6 +19,13 @@ MAX_SHARE = 0.9
 def normalized(question: str) -> str:
     """The question as compared: its words joined by single spaces."""
     return " ".join(question.split())
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+    """The text by which two rows are the same question: a string prompt, or what its messages say."""
+    prompt = row["prompt"]
+    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return normalized(text)
 
 
 def is_held_out(question: str, share: float) -> bool:

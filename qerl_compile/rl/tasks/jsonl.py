@@ -13,6 +13,8 @@ are then left out of training; `left_out` says how many were.
 """
 
 import json
+import math
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -21,7 +23,7 @@ from typing import Any, NoReturn
 from qerl_compile.errors import TaskError
 from qerl_compile.rl.answers import is_numeric_answer, to_number
 from qerl_compile.rl.seeds import derive_seed
-from qerl_compile.rl.tasks.held_out import check_share, is_held_out, normalized
+from qerl_compile.rl.tasks.held_out import check_share, is_held_out, normalized, question_of
 from qerl_compile.rl.tasks.task import Row, Task
 
 DEFAULT_SHARE = 0.1
@@ -59,6 +61,7 @@ class JsonlTask(Task):
             kept = [row for row in rows if is_held_out(question_of(row), share)]
             train = [row for row in rows if not is_held_out(question_of(row), share)]
         self.left_out = len(rows) - len(train)
+        self._questions = {question_of(row) for row in kept}
         self._train, self._held_out = train, [kept[i] for i in permutation(0, "held out", len(kept))]
         for side, found in (("training", train), ("held-out", kept)):
             if not found:
@@ -78,6 +81,10 @@ class JsonlTask(Task):
             raise TaskError(where=self.spec, expected=f"{count} held-out rows", got=got, do=do)
         return [dict(row) for row in self._held_out[:count]]
 
+    def holds_out(self, row: Row) -> bool:
+        """Whether the row's question is one of the held-out ones; see `Task.holds_out`."""
+        return question_of(row) in self._questions
+
     def is_correct(self, answer: str | None, row: Row) -> bool:
         """Equal as numbers where the reference is one, else equal as words."""
         if answer is None:
@@ -94,13 +101,6 @@ def permutation(seed: int, epoch: int | str, length: int) -> tuple[int, ...]:
     order = list(range(length))
     Random(derive_seed(seed, "order", epoch)).shuffle(order)  # noqa: S311 - an order, not a secret
     return tuple(order)
-
-
-def question_of(row: Row) -> str:
-    """The text by which two rows are the same question: a string prompt, or what its messages say."""
-    prompt = row["prompt"]
-    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-    return normalized(text)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -127,7 +127,9 @@ def read_rows(path: Path) -> list[Row]:
 def read_row(line: str, where: str) -> Row:
     """One line as a row with `prompt` and `answer`, and the file's other columns as they are."""
     try:
-        data = json.loads(line, object_pairs_hook=unique, parse_constant=no_constant)
+        data = json.loads(line, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
+        if "\\ud" in line.lower():  # half of a surrogate pair is valid JSON, and no text
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         refuse(where, "one JSON object", f"{error} in {line[:80]!r}", error)
     if not isinstance(data, dict):
@@ -137,7 +139,7 @@ def read_row(line: str, where: str) -> Row:
         refuse(where, "column names that reward functions do not use already", repr(taken[0]))
     answer = data.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
+        answer = format(Decimal(repr(answer)), "f")  # 1e-05 would be no number to those who read answers
     if not isinstance(answer, str) or not answer.strip():
         refuse(where, "an answer, as text or number", repr(answer))
     row = {**data, "answer": answer.strip()}
@@ -171,6 +173,14 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key occurs twice")
     return found
+
+
+def finite(text: str) -> float:
+    """A JSON number with a point or an exponent; one that no float holds is an error, where json.loads says inf."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is more than a float holds")
+    return value
 
 
 def no_constant(name: str) -> NoReturn:

@@ -20,7 +20,7 @@ from typing import Any
 from qerl_compile.errors import TaskError
 from qerl_compile.rl.answers import is_numeric_answer, to_number
 from qerl_compile.rl.seeds import derive_seed
-from qerl_compile.rl.tasks.held_out import check_share, is_held_out, normalized
+from qerl_compile.rl.tasks.held_out import check_share, is_held_out, normalized, question_of
 from qerl_compile.rl.tasks.task import Row, Task
 
 POSITIONS_PER_BLOCK = 256
@@ -80,6 +80,10 @@ class ReasoningGymTask(Task):
                 do=f"Set train.eval_size to at most {len(rows)}, raise held_out, or choose settings with more of them.",
             )
         return list(rows.values())
+
+    def holds_out(self, row: Row) -> bool:
+        """Whether the row's question falls on the held-out side; see `Task.holds_out`."""
+        return is_held_out(question_of(row), self.share)
 
     def is_correct(self, answer: str | None, row: Row) -> bool:
         """Whether an extracted answer is right, by number where the reference is one, else by reasoning_gym.

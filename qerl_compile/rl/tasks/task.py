@@ -9,7 +9,8 @@ resumes from one integer, and a loop that draws extra prompts in some step only 
 Training and held-out rows never share a question, whatever the seeds, the run, or the number of items asked for:
 * a procedural task splits its *questions* by their hash (`held_out.py`), and both streams draw until a question
   falls on their side;
-* a file is split by the same hash, or takes a second file as its held-out set and leaves that file's questions out.
+* a file is split by the same hash, or takes a second file as its held-out set and leaves that file's questions out;
+* a curriculum trains on no question that any of its stages holds out.
 Only the text is compared. Two wordings of one problem, or `3 + 4` and `4 + 3`, count as two questions.
 
 A spec is how a task is written on the command line:
@@ -58,6 +59,13 @@ class Task(ABC):
         Raises:
             TaskError: the task has fewer than `count`.
         """
+
+    def holds_out(self, row: Row) -> bool:
+        """Whether a row, of this task or of another, asks a question that this task keeps for evaluation.
+
+        A curriculum asks, so that no stage trains on what another is evaluated with. No, unless a task says otherwise.
+        """
+        return False
 
     @abstractmethod
     def is_correct(self, answer: str | None, row: Row) -> bool:
