@@ -135,6 +135,8 @@ class Attacher:
             Noise.state(module, held_tensor(module, "weight"))
         for path in plan.quantize:
             guard(self.model.get_submodule(path), path)
+        for path in set(plan.owners()).difference(plan.quantize):
+            self.model.get_submodule(path).register_load_state_dict_pre_hook(_refuse_assign)
         for path in dict.fromkeys(stack.module for stack, _ in plan.experts.values()):
             guard(self.model.get_submodule(path), path)
         link(self.model, plan)
@@ -230,8 +232,8 @@ def _refuse_assign(module: nn.Module, state: dict[str, Any], prefix: str, metada
     if metadata.get("assign_to_params_buffers"):
         raise ModelError(
             where=prefix.removesuffix("."),
-            expected="load_state_dict(..., assign=False), which copies into the packed storage",
-            got="assign=True, which would leave the fused storage of the group behind",
+            expected="load_state_dict(..., assign=False), which copies into the tensors that graphs look up",
+            got="assign=True, which would put others in their place",
             do="Drop assign=True.",
         )
 

@@ -269,5 +269,18 @@ def gather(feeds: Sequence[Feed], args: Sequence[Any]) -> list[Any]:
         if leaf is None:
             values.append(args[index])
             continue
-        values.append(held_tensor(args[index].qerl_owner, leaf))
+        owner = owner_of(args[index])
+        if owner is None:
+            raise replaced(f"the module whose {leaf} a compiled graph looks up")
+        values.append(held_tensor(owner, leaf))
     return values
+
+
+def replaced(where: str) -> GraphError:
+    """Return the refusal of a tensor that took the place of one through which graphs find their module."""
+    return GraphError(
+        where=where,
+        expected="the weight that transform left there",
+        got="another tensor in its place, by assignment, load_state_dict(assign=True) or a submodule's .to()",
+        do="Copy values in place (weight.data.copy_), and move the whole model.",
+    )

@@ -151,6 +151,7 @@ def become_qerl(model: nn.Module, state: TransformState) -> None:
 def _subclass(cls: type[nn.Module], *, adapted: bool) -> type[nn.Module]:
     @functools.wraps(cls.forward)  # generate() and trainers read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_inner_outputs(self, kwargs)
         if captured_by_others():
             return _as_it_is(forward, self, args, kwargs)
         whole = self.__dict__.get("_qerl_whole")
@@ -161,6 +162,21 @@ def _subclass(cls: type[nn.Module], *, adapted: bool) -> type[nn.Module]:
 
     body = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return (peft_class if adapted else type)(cls.__name__, (QerlModel, cls), body)
+
+
+INNER_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def _refuse_inner_outputs(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what transformers collects by hooks within the layers, which it would leave on them for ever."""
+    wanted = [key for key in INNER_OUTPUTS if kwargs.get(key) or getattr(model.config, key, False)]
+    if wanted:
+        raise ModelError(
+            where=type(model).__name__,
+            expected="a call for logits and loss, since decoder layers are compiled graphs that hooks cannot look into",
+            got=f"{wanted[0]}={kwargs.get(wanted[0]) or True!r}",
+            do="Set it to False; a forward hook of your own on the final norm has the last hidden states.",
+        )
 
 
 @torch._dynamo.disable(reason="a transformed model has compiled calls of its own")

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from qerl_compile.backend import GraphCompiler
+from qerl_compile.graph import held_tensor, owner_of, replaced
 from qerl_compile.isolation import call_region, isolated, mark_dynamic
 from qerl_compile.passes import (
     Adapt,
@@ -54,6 +55,7 @@ from qerl_compile.passes import (
     Sparsify,
     TrainedNorms,
 )
+from qerl_compile.plan import Plan
 
 if TYPE_CHECKING:
     from qerl_compile.model import TransformState
@@ -120,6 +122,19 @@ def named_tensors(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
 
 
+def marked_tensors(model: nn.Module, plan: Plan) -> dict[int, str]:
+    """As `named_tensors`, for a model whose graphs find modules through their weights.
+
+    Raises:
+        GraphError: a weight was replaced, and its mark with it.
+    """
+    for path in plan.owners():
+        module = model.get_submodule(path)
+        if owner_of(held_tensor(module, "weight")) is not module:
+            raise replaced(path)
+    return named_tensors(model)
+
+
 def compile_regions(model: nn.Module, state: "TransformState") -> None:
     """Give every region of the plan a compiled call."""
     graphs: dict[tuple[object, ...], _KindGraphs] = {}
@@ -167,7 +182,7 @@ class _KindGraphs:
         return self._compiled(rollout_passes_for(self.state))
 
     def _compiled(self, passes: list[Pass]) -> Callable[..., Any]:
-        compiler = GraphCompiler(passes, lambda: named_tensors(self.model), self.state.inner)
+        compiler = GraphCompiler(passes, lambda: marked_tensors(self.model, self.state.plan), self.state.inner)
         self.state.compilers.append(compiler)
         return isolated(call_region, compiler)
 
@@ -176,7 +191,7 @@ def compile_whole(model: nn.Module, state: "TransformState") -> Callable[..., An
     """Return the model's forward as one graph, for calls that carry a cache."""
 
     def make() -> Callable[..., Any]:
-        compiler = GraphCompiler(passes_for(state), lambda: named_tensors(model), state.inner)
+        compiler = GraphCompiler(passes_for(state), lambda: marked_tensors(model, state.plan), state.inner)
         state.compilers.append(compiler)
         return isolated(_call_forward, compiler)
 

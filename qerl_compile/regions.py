@@ -198,13 +198,15 @@ def capture(model: nn.Module) -> dict[str, LayerFacts]:
             if any(stacked_parameters(model))
             else "Report this model class; meanwhile torch.compile(model, backend='qerl') may work.",
         ) from fault
-    except RuntimeError as fault:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as fault:
+        dynamic = "'dynamic'" in str(getattr(model.config, "rope_parameters", None))
         raise GraphError(
             where=type(model).__name__,
-            expected="a forward that looks at no tensor's values outside its decoder layers",
-            got=str(fault).splitlines()[0],
-            do="Set rope_parameters['rope_type'] to one that no batch changes, such as yarn, if it is 'dynamic'; "
-            "otherwise report this model class.",
+            expected="a forward that runs on shapes alone, with a mask [B, 1, T, T]",
+            got=f"{type(fault).__name__}: {str(fault).partition(chr(10))[0]}",
+            do="Set rope_parameters['rope_type'] to one that no batch changes, such as yarn."
+            if dynamic
+            else "Use another architecture; this one's forward does not pass through torch's meta device.",
         ) from fault
     unseen = [path for path in first.values() if path not in facts]
     if unseen:

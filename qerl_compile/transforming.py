@@ -60,6 +60,7 @@ def transform(
     recipe = Recipe.resolve(recipe)
     check_options(inner, decode)
     refuse_unsuitable(model)
+    _drop_collectors(model)
     plan = make_plan(model, recipe)
     for path in (*plan.quantize, *plan.trained_weights):
         check_weight(held_tensor(model.get_submodule(path), "weight"), path)
@@ -75,6 +76,15 @@ def transform(
     state = TransformState(recipe, attacher.finish(), inner, decode, recipe.train.recompute, base_name=name)
     become_qerl(model, state)
     return model
+
+
+def _drop_collectors(model: nn.Module) -> None:
+    """Take away the hooks that transformers leaves on layers once hidden states were asked for; graphs hold none."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                del module._forward_hooks[key]
+        vars(module).pop("_output_capturing_hooks_installed", None)
 
 
 def check_options(inner: str, decode: str) -> None:
