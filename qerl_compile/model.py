@@ -149,11 +149,15 @@ def become_qerl(model: nn.Module, state: TransformState) -> None:
 
 @functools.cache
 def _subclass(cls: type[nn.Module], *, adapted: bool) -> type[nn.Module]:
+    @torch._dynamo.disable(reason="a transformed model has compiled calls of its own")
+    def as_it_is(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
     @functools.wraps(cls.forward)  # generate() and trainers read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_inner_outputs(self, kwargs)
         if captured_by_others():
-            return _as_it_is(forward, self, args, kwargs)
+            return as_it_is(self, *args, **kwargs)
         whole = self.__dict__.get("_qerl_whole")
         cached = kwargs.get("past_key_values") is not None
         if whole is not None and cached and not torch.compiler.is_compiling():
@@ -177,11 +181,6 @@ def _refuse_inner_outputs(model: Any, kwargs: dict[str, Any]) -> None:
             got=f"{wanted[0]}={kwargs.get(wanted[0]) or True!r}",
             do="Set it to False; a forward hook of your own on the final norm has the last hidden states.",
         )
-
-
-@torch._dynamo.disable(reason="a transformed model has compiled calls of its own")
-def _as_it_is(forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return forward(model, *args, **kwargs)
 
 
 def _refuse_cast(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:

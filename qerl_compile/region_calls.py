@@ -129,8 +129,7 @@ def marked_tensors(model: nn.Module, plan: Plan) -> dict[int, str]:
         GraphError: a weight was replaced, and its mark with it.
     """
     for path in plan.owners():
-        module = model.get_submodule(path)
-        if owner_of(held_tensor(module, "weight")) is not module:
+        if owner_of(held_tensor(model.get_submodule(path), "weight")) is None:
             raise replaced(path)
     return named_tensors(model)
 

@@ -25,11 +25,12 @@ from qerl_compile.errors import ExportError
 
 
 @contextmanager
-def staged_directory(out_dir: str | PathLike[str]) -> Iterator[Path]:
+def staged_directory(out_dir: str | PathLike[str], what: str = "all files of a directory") -> Iterator[Path]:
     """Yield an empty directory to write into; when the block ends without an exception it becomes `out_dir`.
 
     Args:
         out_dir: must not exist. Missing parents are made.
+        what: is written, for the error of a full disk.
 
     Raises:
         ExportError: `out_dir` exists, its parent cannot hold it, or the disk refuses what is written.
@@ -58,9 +59,9 @@ def staged_directory(out_dir: str | PathLike[str]) -> Iterator[Path]:
             raise
         raise ExportError(
             where=str(final),
-            expected="room and permission for all files of a directory",
+            expected=f"room and permission for {what}",
             got=getattr(fault, "strerror", None) or str(fault),
-            do="Make room on that disk, or choose a directory on another; nothing was left behind.",
+            do="Make room on that disk, or choose a directory on another; what was there before is whole.",
         ) from fault
     sync(final.parent)
 

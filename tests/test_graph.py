@@ -122,7 +122,7 @@ def test_a_module_without_state_in_a_graph_that_needs_it_is_an_error_not_another
     first, bare = Block(1), Block(2, noisy=False)
     call = isolated(call_region, GraphCompiler([Noise(frozenset({"norm"}))], lambda: names_of(first), "eager"))
     call(first, X)
-    with pytest.raises(AttributeError, match="qerl_owner"):
+    with pytest.raises(GraphError, match="whose noise a compiled graph looks up"):
         call(bare, X)
 
 

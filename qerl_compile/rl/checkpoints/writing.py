@@ -73,8 +73,6 @@ def save(
         ExportError: the state is not finite or cannot be written as values, a whole checkpoint of another course has
             the name, or the disk refuses; the checkpoints that were there still are, except those in excess.
     """
-    from safetensors import SafetensorError
-
     final = checkpoints_dir(run_dir) / name_of(progress.step)
     told = encode(identity, progress)
     try:
@@ -87,7 +85,7 @@ def save(
             tensors = adapter_tensors(model)
             if os.path.lexists(final):  # damaged, since `latest` did not take it; its name would be in the way
                 _take_away(final)
-            with staged_directory(final) as stage:
+            with staged_directory(final, "a checkpoint") as stage:
                 (stage / ADAPTER).mkdir()
                 write_adapter_files(model, stage / ADAPTER, tensors, base_name=identity.base)
                 for name, (value, parted) in parts.items():
@@ -95,11 +93,11 @@ def save(
                 (stage / PROGRESS).write_bytes(told)
                 write_manifest(stage)
         _prune(run_dir, progress.step, kept)
-    except (OSError, SafetensorError) as fault:  # the latter is how safetensors words a full disk
+    except OSError as fault:
         raise ExportError(
             where=str(final),
             expected="room and permission for a checkpoint",
-            got=getattr(fault, "strerror", None) or str(fault),
+            got=fault.strerror or str(fault),
             do="Make room on that disk, then resume; earlier checkpoints are whole.",
         ) from fault
     return final
