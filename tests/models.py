@@ -66,6 +66,16 @@ def tiny_mixture(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     return model
 
 
+def with_filled_adapters(model: Any) -> Any:
+    """Return a transformed model whose adapters are no longer silent: lora_B is drawn, the same for every model."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.1, generator=generator)
+    return model
+
+
 def dequantized_oracle(model: Any, plan: Any) -> Any:
     """A plain copy of a dense `model` whose planned linears hold the values of their packed form."""
     import copy

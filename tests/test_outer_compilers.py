@@ -8,19 +8,13 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from qerl_compile.errors import GraphError, ModelError
 from qerl_compile.transforming import transform
-from tests.models import tiny_model
+from tests.models import tiny_model, with_filled_adapters
 
 TOKENS_BT = torch.arange(3, 14).repeat(2, 1)
 
 
 def adapted(recipe="nvfp4-lora", model=None, **options):
-    model = transform(model or tiny_model("llama"), recipe, inner="eager", **options)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.1, generator=generator)
-    return model
+    return with_filled_adapters(transform(model or tiny_model("llama"), recipe, inner="eager", **options))
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4-lora", "bf16-lora"])

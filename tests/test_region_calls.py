@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qerl_compile.transforming import transform
-from tests.models import LONG, SOME_FAMILIES, dequantized_oracle, tiny_model
+from tests.models import LONG, SOME_FAMILIES, dequantized_oracle, tiny_model, with_filled_adapters
 
 TOKENS_BT = torch.arange(3, 14).repeat(2, 1)
 
@@ -54,13 +54,7 @@ def test_embeddings_that_are_trained_still_get_their_gradient():
 
 def adapted_model():
     """Lowered by AOTAutograd, which settles what needs a gradient when it compiles; B is not 0."""
-    model = transform(tiny_model("llama"), "nvfp4-lora", inner="aot_eager")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.1, generator=generator)
-    return model
+    return with_filled_adapters(transform(tiny_model("llama"), "nvfp4-lora", inner="aot_eager"))
 
 
 def without_gradient(model):
