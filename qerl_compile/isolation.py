@@ -26,10 +26,8 @@ def isolated(function: Callable[..., Any], backend: Callable[..., Any] | str) ->
     """Compile a private copy of a Python `function` as one graph per set of guards."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_serial)}")
     private = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
-    newer = "recompile_limit" in inspect.signature(torch.compile).parameters  # from torch 2.13 on
-    limit: dict[str, Any] = (
-        {"recompile_limit": RECOMPILE_LIMIT} if newer else {}
-    )  # torch's overloads do not list it yet
+    newer = "recompile_limit" in inspect.signature(torch.compile).parameters  # from torch 2.13 on; no overload lists it
+    limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT} if newer else {}
     compiled = torch.compile(private, backend=backend, fullgraph=True, **limit)
 
     def call(*args: Any, **kwargs: Any) -> Any:

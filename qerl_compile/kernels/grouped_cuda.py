@@ -87,6 +87,11 @@ def _rows(y_SN: Tensor) -> Tensor:
     return torch.arange(y_SN.shape[0], dtype=torch.int32, device=y_SN.device)
 
 
+def decodes_whole(n: int, dtype: torch.dtype) -> bool:
+    """Whether a stack of matrices with n output features is decoded at once for activations of this dtype."""
+    return dtype == torch.bfloat16 and n % ALIGNED == 0
+
+
 def _takes_grouped_gemm(x: Tensor, codes_ENK2: Tensor) -> bool:
     """Whether torch's grouped GEMM multiplies with this stack; the loop, its substitute, must not be captured.
 
@@ -94,7 +99,7 @@ def _takes_grouped_gemm(x: Tensor, codes_ENK2: Tensor) -> bool:
         GraphError: it does not, and a CUDA graph is being captured.
     """
     n = codes_ENK2.shape[1]
-    if x.dtype == torch.bfloat16 and n % ALIGNED == 0:
+    if decodes_whole(n, x.dtype):
         return True
     if torch.cuda.is_current_stream_capturing():
         raise GraphError(

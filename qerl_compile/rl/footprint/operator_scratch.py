@@ -18,14 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-FORWARD, BACKWARD = "qerl::grouped_quantized_linear", "qerl::grouped_quantized_linear_dx"
-ALIGNED = 8
-"""Of output features, as torch's grouped GEMM wants them (kernels/grouped_cuda.py)."""
-
-
-def decodes_whole(rows: int, dtype: torch.dtype) -> bool:
-    """Whether a stack of matrices with so many rows is decoded at once for activations of this dtype."""
-    return dtype == torch.bfloat16 and rows % ALIGNED == 0
+from qerl_compile.kernels.grouped import BACKWARD, FORWARD
+from qerl_compile.kernels.grouped_cuda import decodes_whole
 
 
 def scratch_of(node: fx.Node) -> tuple[Tensor, ...]:

@@ -25,6 +25,7 @@ from qerl_compile.adapter_reading import adapter_norms
 from qerl_compile.attach import attach_shapes
 from qerl_compile.checkpoint_dir import CheckpointDirectory
 from qerl_compile.errors import ModelError
+from qerl_compile.kernels.grouped_cuda import decodes_whole
 from qerl_compile.layouts import Layout
 from qerl_compile.loading import adapter_sites, refuse_uncalled
 from qerl_compile.model import TransformState, become_qerl
@@ -33,7 +34,6 @@ from qerl_compile.recipe import Recipe
 from qerl_compile.regions import kind
 from qerl_compile.rl.footprint.layer_graphs import LayerCall, layer_calls
 from qerl_compile.rl.footprint.liveness import rounded
-from qerl_compile.rl.footprint.operator_scratch import decodes_whole
 from qerl_compile.stacked_adapters import attach_stacked_adapters
 
 WEIGHTS = (".safetensors", ".gguf")

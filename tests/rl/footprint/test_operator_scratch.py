@@ -55,7 +55,10 @@ def test_a_loop_over_experts_has_no_such_scratch(dtype, rows):
 
 def test_the_operators_are_those_of_the_kernels():
     assert (operator_scratch.FORWARD, operator_scratch.BACKWARD) == (grouped.FORWARD, grouped.BACKWARD)
-    assert operator_scratch.ALIGNED == grouped_cuda.ALIGNED
+    assert operator_scratch.decodes_whole is grouped_cuda.decodes_whole  # one rule for both
+    assert grouped_cuda.decodes_whole(grouped_cuda.ALIGNED, torch.bfloat16)
+    assert not grouped_cuda.decodes_whole(grouped_cuda.ALIGNED + 1, torch.bfloat16)
+    assert not grouped_cuda.decodes_whole(grouped_cuda.ALIGNED, torch.float32)
 
 
 def test_rollout_and_update_of_a_mixture_contain_its_largest_stack():
