@@ -173,29 +173,26 @@ class _KindGraphs:
 
     def __init__(self, model: nn.Module, state: "TransformState") -> None:
         self.model, self.state = model, state
-        self.training = _ByGradients(lambda: self._compiled(passes_for(state)))
+        self.training = _ByGradients(lambda: _compiled(call_region, passes_for(state), model, state))
 
     @functools.cached_property
     def rollout(self) -> Callable[..., Any]:
         """The call that rollouts make."""
-        return self._compiled(rollout_passes_for(self.state))
-
-    def _compiled(self, passes: list[Pass]) -> Callable[..., Any]:
-        compiler = GraphCompiler(passes, lambda: marked_tensors(self.model, self.state.plan), self.state.inner)
-        self.state.compilers.append(compiler)
-        return isolated(call_region, compiler)
+        return _compiled(call_region, rollout_passes_for(self.state), self.model, self.state)
 
 
 def compile_whole(model: nn.Module, state: "TransformState") -> Callable[..., Any]:
     """Return the model's forward as one graph, for calls that carry a cache."""
-
-    def make() -> Callable[..., Any]:
-        compiler = GraphCompiler(passes_for(state), lambda: marked_tensors(model, state.plan), state.inner)
-        state.compilers.append(compiler)
-        return isolated(_call_forward, compiler)
-
-    calls = _ByGradients(make)
+    calls = _ByGradients(lambda: _compiled(_call_forward, passes_for(state), model, state))
     return lambda *args, **kwargs: calls.of(_needs_gradient(model))(model, *args, **kwargs)
+
+
+def _compiled(
+    function: Callable[..., Any], passes: list[Pass], model: nn.Module, state: "TransformState"
+) -> Callable[..., Any]:
+    compiler = GraphCompiler(passes, lambda: marked_tensors(model, state.plan), state.inner)
+    state.compilers.append(compiler)
+    return isolated(function, compiler)
 
 
 def _call_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
